@@ -1,6 +1,7 @@
-"""Number formats: FP8 e4m3 in 128 x 128 blocks, FP4 e2m1 in groups of 32, ue8m0 scales, activation round trips.
+"""Number formats: FP8 e4m3 in blocks, FP4 e2m1 in groups, ue8m0 scales, activation round trips.
 
-Each function checks its arguments (ValueError) and runs the plain-PyTorch reference on the tensors' device.
+Each function checks its arguments (ValueError) and runs the plain-PyTorch reference on the tensors'
+device.
 """
 
 import torch
@@ -57,7 +58,8 @@ def ue8m0_round_up(x: Tensor) -> tuple[Tensor, Tensor]:
         x: [...] float32, >= 0.
 
     Returns:
-        [...] float32, the smallest power of two >= x (at least 2 ** -126 for x > 0), and its [...] uint8 code.
+        [...] float32, the smallest power of two >= x (at least 2 ** -126 for x > 0), and its [...]
+        uint8 code.
     """
     if x.dtype != torch.float32:
         raise ValueError(f"ue8m0 scales are rounded from float32, got {x.dtype}")
@@ -69,9 +71,10 @@ def dequantize_block_fp8(codes: Tensor, scales: Tensor, offset: tuple[int, int] 
 
     Args:
         codes: [.., out, in] float8_e4m3fn.
-        scales: [.., row blocks, column blocks], one a block the codes touch; ue8m0 (uint8 or float8_e8m0fnu),
-            float32 or bfloat16.
-        offset: row and column of codes[0, 0] inside the first block, where a matrix was cut inside a block.
+        scales: [.., row blocks, column blocks], one a block the codes touch; ue8m0 (uint8 or
+            float8_e8m0fnu), float32 or bfloat16.
+        offset: row and column of codes[0, 0] inside the first block, where a matrix was cut inside
+            a block.
 
     Returns:
         [.., out, in] float32.
@@ -95,13 +98,14 @@ def quantize_block_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
         w: [.., out, in] of any float dtype.
 
     Returns:
-        Codes [.., out, in] float8_e4m3fn and ue8m0 scales [.., ceil(out / 128), ceil(in / 128)] uint8.
+        Codes [.., out, in] float8_e4m3fn and ue8m0 scales [.., ceil(out / 128), ceil(in / 128)]
+        uint8.
     """
     return reference.quantize_block_fp8(w)
 
 
 def dequantize_group_fp4(codes: Tensor, scales: Tensor) -> Tensor:
-    """Decode packed FP4 weights: the low nibble of byte j is input 2j, the high nibble input 2j + 1.
+    """Decode packed FP4 weights: low nibble of byte j is input 2j, high nibble input 2j + 1.
 
     Args:
         codes: [.., out, in / 2] int8 (or uint8).
@@ -146,7 +150,8 @@ def round_trip_fp8(x: Tensor, block: int, amax_floor: float = 1e-4) -> Tensor:
         amax_floor: lower bound of a block's largest magnitude when its scale is chosen.
 
     Returns:
-        [.., n] of x's dtype: exactly the values that codes and scales would hold. A zero may lose its sign.
+        [.., n] of x's dtype: exactly the values that codes and scales would hold. A zero may lose
+        its sign.
     """
     if block < 1:
         raise ValueError(f"block must be positive, got {block}")
@@ -161,7 +166,8 @@ def round_trip_fp4(x: Tensor, block: int = FP4_GROUP) -> Tensor:
         block: values that share a scale.
 
     Returns:
-        [.., n] of x's dtype: exactly the values that codes and scales would hold. A zero may lose its sign.
+        [.., n] of x's dtype: exactly the values that codes and scales would hold. A zero may lose
+        its sign.
     """
     if block < 1:
         raise ValueError(f"block must be positive, got {block}")

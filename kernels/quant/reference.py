@@ -1,9 +1,9 @@
 """The number formats of quantised weights and activations, in plain PyTorch: the definition.
 
-Three formats: e4m3 (FP8, largest 448), e2m1 (FP4, largest 6, two codes a byte) and ue8m0 (a power of two as
-one exponent byte), the scale of the other two. A scale is always rounded up to a power of two, from the fp32
-bits: a float log2 can miss by one binade at exact powers. Blocks have fixed sizes; the last one of a
-dimension may be partial. Arguments are checked in `__init__`.
+Three formats: e4m3 (FP8, largest 448), e2m1 (FP4, largest 6, two codes a byte) and ue8m0 (a power
+of two as one exponent byte), the scale of the other two. A scale is always rounded up to a power of
+two, from the fp32 bits: a float log2 can miss by one binade at exact powers. Blocks have fixed
+sizes; the last one of a dimension may be partial. Arguments are checked in `__init__`.
 """
 
 import torch
@@ -27,14 +27,14 @@ def ue8m0_to_float(codes: Tensor) -> Tensor:
 
 
 def ue8m0_round_up(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest power of two >= x, as fp32 and as its code; fp32 subnormals give 2 ** -126, zero 2 ** -127."""
+    """The smallest power of two >= x (fp32 subnormals: 2 ** -126, zero: 2 ** -127) and its code."""
     # adding all mantissa bits carries into the exponent exactly when one of them is set
     codes = ((x.view(torch.int32) + _MANTISSA) >> 23).to(torch.uint8)
     return ue8m0_to_float(codes), codes
 
 
 def dequantize_block_fp8(codes: Tensor, scales: Tensor, offset: tuple[int, int]) -> Tensor:
-    """value = code * scale of its 128 x 128 block; `offset` is where codes[0, 0] lies in the first block."""
+    """value = code * scale of its block; `offset` is where codes[0, 0] lies in the first block."""
     rows = (torch.arange(codes.shape[-2], device=codes.device) + offset[0]) // FP8_BLOCK
     columns = (torch.arange(codes.shape[-1], device=codes.device) + offset[1]) // FP8_BLOCK
     # [.., out, in]
@@ -94,7 +94,7 @@ def round_trip_fp4(x: Tensor, block: int) -> Tensor:
 
 
 def scale_values(scales: Tensor) -> Tensor:
-    """Scales as fp32: ue8m0 codes (uint8 or float8_e8m0fnu) are decoded, fp32 and bf16 taken as they are."""
+    """Scales as fp32: ue8m0 codes are decoded, fp32 and bf16 taken as they are."""
     if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
         return ue8m0_to_float(scales)
     return scales.to(torch.float32)
@@ -128,9 +128,9 @@ def _round_to_grid(
 ) -> Tensor:
     """Round to nearest, ties to the even code, in a float format of few mantissa bits.
 
-    Adding and taking away 1.5 * 2 ** 23 grid steps leaves x at a multiple of the step: the fp32 adder does the
-    rounding. (Several times faster on a CPU than a cast to float8 and back, and it exists for e2m1 too.)
-    `magnitudes`, |x|, is overwritten if given.
+    Adding and taking away 1.5 * 2 ** 23 grid steps leaves x at a multiple of the step: the fp32
+    adder does the rounding. (Several times faster on a CPU than a cast to float8 and back, and it
+    exists for e2m1 too.) `magnitudes`, |x|, is overwritten if given.
     """
     magnitudes = x.abs() if magnitudes is None else magnitudes
     # below the format's smallest normal its step stays that of the smallest normal
