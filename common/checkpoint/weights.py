@@ -103,7 +103,7 @@ class Matrix:
 
 
 class Ledger:
-    """One load: where from, where to, what was taken and what was wrong; shared by all its scopes."""
+    """One load, shared by its scopes: where from, where to, what was taken, what was wrong."""
 
     def __init__(self, source: Source, device: torch.device | str) -> None:
         self.source = source
