@@ -38,7 +38,7 @@ class Hello(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., layout_digest: _Optional[_Mapping[str, str]] = ..., protocol_version: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("epoch", "worker_id", "slot_bytes", "arena_bytes", "arena_path", "ipc_address", "bulk_addresses")
+    __slots__ = ("epoch", "worker_id", "slot_bytes", "arena_bytes", "arena_path", "ipc_address", "bulk_addresses", "lease_path")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class Welcome(_message.Message):
     ARENA_PATH_FIELD_NUMBER: _ClassVar[int]
     IPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     BULK_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_PATH_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     worker_id: str
     slot_bytes: int
@@ -53,7 +54,8 @@ class Welcome(_message.Message):
     arena_path: str
     ipc_address: str
     bulk_addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., arena_bytes: _Optional[int] = ..., arena_path: _Optional[str] = ..., ipc_address: _Optional[str] = ..., bulk_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    lease_path: str
+    def __init__(self, epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., arena_bytes: _Optional[int] = ..., arena_path: _Optional[str] = ..., ipc_address: _Optional[str] = ..., bulk_addresses: _Optional[_Iterable[str]] = ..., lease_path: _Optional[str] = ...) -> None: ...
 
 class ArenaProof(_message.Message):
     __slots__ = ("nonce",)
@@ -106,10 +108,12 @@ class Wait(_message.Message):
     def __init__(self, position: _Optional[int] = ...) -> None: ...
 
 class Credit(_message.Message):
-    __slots__ = ("slots",)
+    __slots__ = ("slots", "injected")
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    INJECTED_FIELD_NUMBER: _ClassVar[int]
     slots: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, slots: _Optional[_Iterable[int]] = ...) -> None: ...
+    injected: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., injected: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Sequence(_message.Message):
     __slots__ = ("choice", "tokens")
@@ -140,12 +144,10 @@ class Commit(_message.Message):
     def __init__(self) -> None: ...
 
 class Reship(_message.Message):
-    __slots__ = ("sequence_numbers", "slots")
+    __slots__ = ("sequence_numbers",)
     SEQUENCE_NUMBERS_FIELD_NUMBER: _ClassVar[int]
-    SLOTS_FIELD_NUMBER: _ClassVar[int]
     sequence_numbers: _containers.RepeatedScalarFieldContainer[int]
-    slots: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence_numbers: _Optional[_Iterable[int]] = ..., slots: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, sequence_numbers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("reason",)
