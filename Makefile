@@ -1,0 +1,41 @@
+# `make up` and `make test` each do all of their set-up. PYTHON and CONSTRAINTS: see scripts/make_venv.sh.
+PYTHON ?=
+CONSTRAINTS ?= requirements/cpu.txt
+ARGS ?=
+export PYTHON CONSTRAINTS
+
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help venv up test test-gpu lint format protos clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+venv:  ## build .venv in the checkout (does nothing when it is up to date)
+	@bash scripts/make_venv.sh
+
+up: venv  ## serve the bundled model on this machine: gateway, prefill, decode (ARGS="--port 9000 ...")
+	@exec $(BIN)/scission serve $(ARGS)
+
+test: venv lint  ## everything that needs no GPU: format, lint, types, import arrows, tests
+	$(BIN)/python -m pytest -q -m "not gpu and not multi_gpu" $(ARGS)
+
+test-gpu: venv  ## the tests that need a GPU
+	$(BIN)/python -m pytest -q -m "gpu or multi_gpu" $(ARGS)
+
+lint: venv  ## format, lint, types and import arrows, without changing a file
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv  ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos:  ## generate code from protos/*.proto
+	@bash scripts/make_protos.sh
+
+clean:  ## remove what make built
+	rm -rf .venv .protoc build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
