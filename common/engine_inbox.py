@@ -11,13 +11,16 @@ from scission.protos import inference_pb2
 
 T = TypeVar("T")
 
-# The engine's answer: the expected wait in seconds (accepted), or why not. Callable from any thread, once.
+# The engine's answer: the expected wait in seconds (accepted), or why not. Callable from any
+# thread, once.
 Reply = Callable[[ScissionError | float], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A new attempt of a request. `received_at` and `deadline` are `time.monotonic()` of this process."""
+    """A new attempt of a request. `received_at` and `deadline` are `time.monotonic()` of this
+    process.
+    """
 
     request: inference_pb2.PrefillRequest | inference_pb2.DecodeRequest
     gateway_epoch: int
@@ -28,7 +31,9 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Redirect:
-    """Ship the state that is retained for the request to another decode, as the given higher attempt."""
+    """Ship the state that is retained for the request to another decode, as the given higher
+    attempt.
+    """
 
     request: inference_pb2.RedirectRequest
     gateway_epoch: int
@@ -61,7 +66,8 @@ InboxItem = Submit | Redirect | Cancel | GatewayGone
 class Inbox(Generic[T]):
     """Many producers, one consumer (the engine thread), in order of arrival.
 
-    It holds no more than the calls in flight, which the gRPC server bounds: a submitting call waits for the reply.
+    It holds no more than the calls in flight, which the gRPC server bounds: a submitting call waits
+    for the reply.
     """
 
     def __init__(self) -> None:
@@ -82,7 +88,9 @@ class Inbox(Generic[T]):
             self._condition.notify()
 
     def drain(self, timeout_s: float) -> list[T]:
-        """Take everything; waits up to `timeout_s` while there is nothing and nobody called `wake`."""
+        """Take everything; waits up to `timeout_s` while there is nothing and nobody called
+        `wake`.
+        """
         with self._condition:
             if timeout_s > 0 and not self._items and not self._is_woken:
                 give_up_at = time.monotonic() + timeout_s

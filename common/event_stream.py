@@ -1,7 +1,8 @@
 """From the engine thread to the gateways: one bounded stream of step events per attached gateway.
 
-The engine thread appends and never blocks; the gRPC servicer (worker_service.py) drains each stream on the event
-loop. A stream that its gateway does not read is closed, which ends that gateway's requests here.
+The engine thread appends and never blocks; the gRPC servicer (worker_service.py) drains each stream
+on the event loop. A stream that its gateway does not read is closed, which ends that gateway's
+requests here.
 """
 
 import asyncio
@@ -14,7 +15,9 @@ from scission.protos import inference_pb2
 
 
 class EventStream:
-    """One gateway's stream. `push` belongs to the engine thread, iteration and `close` to the event loop."""
+    """One gateway's stream. `push` belongs to the engine thread, iteration and `close` to the event
+    loop.
+    """
 
     def __init__(
         self,
@@ -42,7 +45,9 @@ class EventStream:
         return self._is_overflown
 
     def push(self, step: inference_pb2.StepEvents) -> None:
-        """Queue one message; closes the stream instead when the gateway has fallen too far behind."""
+        """Queue one message; closes the stream instead when the gateway has fallen too far
+        behind.
+        """
         with self._lock:
             if self._is_closed:
                 return
@@ -84,7 +89,8 @@ class EventStream:
                         break
                     step = self._pending[0]
                 yield step
-                # Kept at the head while the gateway has not taken it, so that its age shows in `push`.
+                # Kept at the head while the gateway has not taken it, so that its age shows in
+                # `push`.
                 with self._lock:
                     if self._pending:
                         self._pending.popleft()
@@ -93,7 +99,9 @@ class EventStream:
 
 
 class EventStreams:
-    """All attached gateways. `emit` and `beat` belong to the engine thread, the rest to the event loop."""
+    """All attached gateways. `emit` and `beat` belong to the engine thread, the rest to the event
+    loop.
+    """
 
     def __init__(
         self,
@@ -102,7 +110,9 @@ class EventStreams:
         max_unread_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """A stream ends when `max_pending` messages, or one for `max_unread_s`, wait for its gateway."""
+        """A stream ends when `max_pending` messages, or one for `max_unread_s`, wait for its
+        gateway.
+        """
         self._max_pending = max_pending
         self._max_unread_s = max_unread_s
         self._clock = clock
@@ -145,7 +155,9 @@ class EventStreams:
             stream.close()
 
     def emit(self, gateway_epoch: int, events: Sequence[inference_pb2.RequestEvent]) -> None:
-        """Send one step's events to a gateway; once per step and gateway. A gateway that has gone is ignored."""
+        """Send one step's events to a gateway; once per step and gateway. A gateway that has gone
+        is ignored.
+        """
         stream = self._streams.get(gateway_epoch)
         if stream is not None:
             stream.push(inference_pb2.StepEvents(events=events, sent_at=self._clock()))

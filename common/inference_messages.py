@@ -1,4 +1,6 @@
-"""Our values and their messages on the wire (protos/inference.proto), both directions side by side."""
+"""Our values and their messages on the wire (protos/inference.proto), both directions side by
+side.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -163,7 +165,9 @@ def prompt_logprobs_from_proto(
 
 
 def forced_to_proto(forced: Sequence[Sequence[int]]) -> list[inference_pb2.ForcedTokens]:
-    """`forced[choice]`: the output tokens already delivered; all lists empty means a first attempt."""
+    """`forced[choice]`: the output tokens already delivered; all lists empty means a first
+    attempt.
+    """
     if not any(forced):
         return []
     return [inference_pb2.ForcedTokens(token_ids=token_ids) for token_ids in forced]

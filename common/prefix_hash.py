@@ -1,4 +1,6 @@
-"""The chained hash that names a prefix of tokens: prefill caches blocks under it, gateways route by it."""
+"""The chained hash that names a prefix of tokens: prefill caches blocks under it, gateways route by
+it.
+"""
 
 import hashlib
 import sys
@@ -10,10 +12,11 @@ _TOKEN_BYTES = 4
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int, salt: str = "") -> list[bytes]:
-    """One hash per full block of `block_size` tokens; hash i stands for the salt and all tokens up to its end.
+    """One hash per full block of `block_size` tokens; hash i stands for the salt and all tokens up
+    to its end.
 
-    blake2b-128 over the previous hash (the first block: the hash of the salt) and the block's token ids as
-    little-endian int32. Equal hashes mean equal prefixes: nobody can make two that collide.
+    blake2b-128 over the previous hash (the first block: the hash of the salt) and the block's token
+    ids as little-endian int32. Equal hashes mean equal prefixes: nobody can make two that collide.
     """
     tokens = array("i", token_ids)
     assert tokens.itemsize == _TOKEN_BYTES

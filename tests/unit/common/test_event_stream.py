@@ -1,12 +1,8 @@
 import asyncio
 import threading
 
-import pytest
-
 from scission.common.event_stream import EventStream, EventStreams
 from scission.protos import inference_pb2
-
-pytestmark = pytest.mark.anyio
 
 GATEWAY = 7
 
