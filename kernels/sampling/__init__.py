@@ -1,0 +1,73 @@
+"""Drawing tokens from logits by counter-based randomness, and the logprobs that describe them.
+
+Each function checks its arguments (ValueError) and runs the plain-PyTorch reference on the tensors'
+device.
+"""
+
+from torch import Tensor
+
+from scission.kernels.sampling import reference
+from scission.kernels.sampling.reference import Allowed, Bias, Draws, Penalties, Random
+
+__all__ = ["Allowed", "Bias", "Draws", "Penalties", "Random", "greedy", "sample", "token_logprobs"]
+
+
+def _check(logits: Tensor) -> None:
+    if logits.ndim != 2 or not logits.is_floating_point() or logits.element_size() != 4:
+        raise ValueError(
+            f"logits must be [rows, vocab] float32, got {tuple(logits.shape)} {logits.dtype}"
+        )
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token of each row, of equal ones the lowest id.
+
+    Args:
+        logits: [rows, vocab] float32.
+
+    Returns:
+        [rows] int64.
+    """
+    _check(logits)
+    return logits.argmax(-1)
+
+
+def sample(logits: Tensor, draws: Draws) -> Tensor:
+    """Draw one token a row: allowed tokens, bias, penalties, temperature, min-p, top-k, top-p, then
+    Gumbel-max.
+
+    A row's token depends on its own logits and parameters alone. Temperature 0 takes the most
+    likely adjusted token, of equal ones the lowest id. `logits` stay as they are.
+
+    Args:
+        logits: [rows, vocab] float32.
+
+    Returns:
+        [rows] int64.
+    """
+    _check(logits)
+    if draws.random is not None and draws.random.temperatures.shape != (logits.shape[0],):
+        raise ValueError(
+            f"draws are for {len(draws.random.temperatures)} rows, logits have {logits.shape[0]}"
+        )
+    return reference.sample(logits, draws)
+
+
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, num_top: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The raw logprobs of given tokens and of each row's most likely ones.
+
+    Args:
+        logits: [rows, vocab] float32, as the model gave them.
+        token_ids: [rows] int64.
+        num_top: alternatives a row, 0 to vocab.
+
+    Returns:
+        logprobs [rows] float32, ranks [rows] int64 (from 1: tokens strictly more likely, plus one),
+        top ids [rows, num_top] int64, top logprobs [rows, num_top] float32, descending.
+    """
+    _check(logits)
+    if not 0 <= num_top <= logits.shape[1]:
+        raise ValueError(f"num_top must be 0 to {logits.shape[1]}, got {num_top}")
+    return reference.token_logprobs(logits, token_ids, num_top)
