@@ -1,8 +1,9 @@
-"""Who owns which block (and which state slot): exactly one state each, counted, never lost and never doubled.
+"""Who owns which block (and which state slot): one state each, never lost and never doubled.
 
-Holders come and go: a request that computes, a transfer that still reads, the prefix cache. Every holder holds its
-blocks in one state, and a block's own state is the strongest of its holders': a cached block that a running
-request shares is active. No tensors here; `storage` has them. One thread owns a pool: there are no locks.
+Holders come and go: a request that computes, a transfer that still reads, the prefix cache. Every
+holder holds its blocks in one state, and a block's own state is the strongest of its holders': a
+cached block that a running request shares is active. No tensors here; `storage` has them. One
+thread owns a pool: there are no locks.
 """
 
 import enum
@@ -27,13 +28,13 @@ _NUM_HELD = int(State.FREE)
 
 
 class BlockPool:
-    """The blocks 1 .. num_blocks - 1 of a storage. Block 0 is scratch: never handed out, never counted."""
+    """The blocks 1 .. num_blocks - 1 of a storage; 0 is scratch: never handed out or counted."""
 
     def __init__(self, num_blocks: int) -> None:
         """`num_blocks` is the storage's, the scratch block included."""
         assert num_blocks >= 1
         self.total = num_blocks - SCRATCH - 1
-        # ascending ids are handed out first; what is released last is reused first, while its rows are still warm
+        # ascending ids go first; what is released last is reused first, while its rows are warm
         self._free = list(range(num_blocks - 1, SCRATCH, -1))
         self._holders = [[0] * _NUM_HELD for _ in range(num_blocks)]
         self._in_state = [0] * _NUM_HELD + [self.total]
@@ -43,7 +44,7 @@ class BlockPool:
         return len(self._free)
 
     def allocate(self, count: int, state: State = State.ACTIVE) -> list[int] | None:
-        """Take `count` free blocks with one holder each, or none at all: None when fewer are free."""
+        """Take `count` free blocks with one holder each; None, and none taken, when fewer are free."""
         assert count >= 0 and state is not State.FREE
         if count > len(self._free):
             return None
@@ -73,7 +74,7 @@ class BlockPool:
             self._count(before, self.state_of(block))
 
     def release(self, ids: Iterable[int], state: State) -> list[int]:
-        """One holder of each block, which held it in `state`, is gone. Returns the blocks that are free by that."""
+        """One holder of each block, which held it in `state`, is gone. Returns what became free."""
         freed = []
         for block in ids:
             before = self.state_of(block)
@@ -100,7 +101,7 @@ class BlockPool:
         return {state: self._in_state[state] for state in State}
 
     def check(self) -> None:
-        """Assert the conservation equation from the holders themselves, not from the running counts."""
+        """Assert the conservation equation, from the holders and not from the running counts."""
         blocks = range(SCRATCH + 1, len(self._holders))
         found = Counter(self.state_of(block) for block in blocks)
         assert self.counts() == {state: found[state] for state in State}, (self.counts(), found)
