@@ -44,7 +44,7 @@ class BlockPool:
         return len(self._free)
 
     def allocate(self, count: int, state: State = State.ACTIVE) -> list[int] | None:
-        """Take `count` free blocks with one holder each; None, and none taken, when fewer are free."""
+        """Take `count` free blocks, one holder each; None, and none taken, when fewer are free."""
         assert count >= 0 and state is not State.FREE
         if count > len(self._free):
             return None
