@@ -1,7 +1,7 @@
 """The typed config of every process: frozen, checked whole when made, passed down in pieces.
 
 One dataclass serves one concern; `GatewayConfig`, `PrefillConfig` and `DecodeConfig` are what the
-mains are given. Values come from flags, environment and file (common/settings.py). Imports no torch.
+mains are given. Values come from flags, environment and file (settings.py). Imports no torch.
 
     PrefillConfig, DecodeConfig  model cache scheduler transfer discovery endpoint log
     GatewayConfig                model http admission routing discovery registry log
