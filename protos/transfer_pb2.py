@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from scission.protos import inference_pb2 as scission_dot_protos_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1escission/protos/transfer.proto\x12\x11scission.transfer\x1a\x1fscission/protos/inference.proto\"\xe3\x01\n\x05Hello\x12\r\n\x05\x65poch\x18\x01 \x01(\x06\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x41\n\rlayout_digest\x18\x03 \x03(\x0b\x32*.scission.transfer.Hello.LayoutDigestEntry\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\x12&\n\x05tiers\x18\x05 \x03(\x0e\x32\x17.scission.transfer.Tier\x1a\x33\n\x11LayoutDigestEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa9\x01\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x06\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x12\n\nslot_bytes\x18\x03 \x01(\r\x12\x13\n\x0b\x61rena_bytes\x18\x04 \x01(\x04\x12\x12\n\narena_path\x18\x05 \x01(\t\x12\x13\n\x0bipc_address\x18\x06 \x01(\t\x12\x16\n\x0e\x62ulk_addresses\x18\x07 \x03(\t\x12\x12\n\nlease_path\x18\x08 \x01(\t\"\x1b\n\nArenaProof\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"5\n\x0cTierDecision\x12%\n\x04tier\x18\x01 \x01(\x0e\x32\x17.scission.transfer.Tier\"7\n\x06Refuse\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"o\n\x07Reserve\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0cremaining_ms\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x15\n\rnum_sequences\x18\x05 \x01(\r\")\n\x05Grant\x12\r\n\x05slots\x18\x01 \x03(\r\x12\x11\n\tnum_ranks\x18\x02 \x01(\r\"\x18\n\x04Wait\x12\x10\n\x08position\x18\x01 \x01(\r\")\n\x06\x43redit\x12\r\n\x05slots\x18\x01 \x03(\r\x12\x10\n\x08injected\x18\x02 \x03(\r\"E\n\x08Sequence\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12)\n\x06tokens\x18\x02 \x03(\x0b\x32\x19.scission.inference.Token\"\xa6\x01\n\x08Manifest\x12\x12\n\nnum_chunks\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x63hunk_hashes\x18\x03 \x03(\x06\x12.\n\tsequences\x18\x04 \x03(\x0b\x32\x1b.scission.transfer.Sequence\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x19\n\x11\x66irst_token_age_s\x18\x06 \x01(\x01\"\x08\n\x06\x43ommit\"\"\n\x06Reship\x12\x18\n\x10sequence_numbers\x18\x01 \x03(\r\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t*?\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x10\n\x0cTIER_MESSAGE\x10\x01\x12\x0f\n\x0bTIER_SHARED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1escission/protos/transfer.proto\x12\x11scission.transfer\x1a\x1fscission/protos/inference.proto\"\xe3\x01\n\x05Hello\x12\r\n\x05\x65poch\x18\x01 \x01(\x06\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x41\n\rlayout_digest\x18\x03 \x03(\x0b\x32*.scission.transfer.Hello.LayoutDigestEntry\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\x12&\n\x05tiers\x18\x05 \x03(\x0e\x32\x17.scission.transfer.Tier\x1a\x33\n\x11LayoutDigestEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa4\x01\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x06\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x12\n\nslot_bytes\x18\x03 \x01(\r\x12\x11\n\tnum_slots\x18\x04 \x01(\r\x12\x12\n\narena_name\x18\x05 \x01(\t\x12\x10\n\x08ipc_name\x18\x06 \x01(\t\x12\x16\n\x0e\x62ulk_addresses\x18\x07 \x03(\t\x12\x12\n\nlease_name\x18\x08 \x01(\t\"\x1b\n\nArenaProof\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"5\n\x0cTierDecision\x12%\n\x04tier\x18\x01 \x01(\x0e\x32\x17.scission.transfer.Tier\"7\n\x06Refuse\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"o\n\x07Reserve\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0cremaining_ms\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x15\n\rnum_sequences\x18\x05 \x01(\r\")\n\x05Grant\x12\r\n\x05slots\x18\x01 \x03(\r\x12\x11\n\tnum_ranks\x18\x02 \x01(\r\"\x18\n\x04Wait\x12\x10\n\x08position\x18\x01 \x01(\r\")\n\x06\x43redit\x12\r\n\x05slots\x18\x01 \x03(\r\x12\x10\n\x08injected\x18\x02 \x03(\r\"E\n\x08Sequence\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12)\n\x06tokens\x18\x02 \x03(\x0b\x32\x19.scission.inference.Token\"\xa6\x01\n\x08Manifest\x12\x12\n\nnum_chunks\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x63hunk_hashes\x18\x03 \x03(\x06\x12.\n\tsequences\x18\x04 \x03(\x0b\x32\x1b.scission.transfer.Sequence\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x19\n\x11\x66irst_token_age_s\x18\x06 \x01(\x01\"\x08\n\x06\x43ommit\"\"\n\x06Reship\x12\x18\n\x10sequence_numbers\x18\x01 \x03(\r\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t*?\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x10\n\x0cTIER_MESSAGE\x10\x01\x12\x0f\n\x0bTIER_SHARED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -24,36 +24,36 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
   _globals['_HELLO_LAYOUTDIGESTENTRY']._options = None
   _globals['_HELLO_LAYOUTDIGESTENTRY']._serialized_options = b'8\001'
-  _globals['_TIER']._serialized_start=1165
-  _globals['_TIER']._serialized_end=1228
+  _globals['_TIER']._serialized_start=1160
+  _globals['_TIER']._serialized_end=1223
   _globals['_HELLO']._serialized_start=87
   _globals['_HELLO']._serialized_end=314
   _globals['_HELLO_LAYOUTDIGESTENTRY']._serialized_start=263
   _globals['_HELLO_LAYOUTDIGESTENTRY']._serialized_end=314
   _globals['_WELCOME']._serialized_start=317
-  _globals['_WELCOME']._serialized_end=486
-  _globals['_ARENAPROOF']._serialized_start=488
-  _globals['_ARENAPROOF']._serialized_end=515
-  _globals['_TIERDECISION']._serialized_start=517
-  _globals['_TIERDECISION']._serialized_end=570
-  _globals['_REFUSE']._serialized_start=572
-  _globals['_REFUSE']._serialized_end=627
-  _globals['_RESERVE']._serialized_start=629
-  _globals['_RESERVE']._serialized_end=740
-  _globals['_GRANT']._serialized_start=742
-  _globals['_GRANT']._serialized_end=783
-  _globals['_WAIT']._serialized_start=785
-  _globals['_WAIT']._serialized_end=809
-  _globals['_CREDIT']._serialized_start=811
-  _globals['_CREDIT']._serialized_end=852
-  _globals['_SEQUENCE']._serialized_start=854
-  _globals['_SEQUENCE']._serialized_end=923
-  _globals['_MANIFEST']._serialized_start=926
-  _globals['_MANIFEST']._serialized_end=1092
-  _globals['_COMMIT']._serialized_start=1094
-  _globals['_COMMIT']._serialized_end=1102
-  _globals['_RESHIP']._serialized_start=1104
-  _globals['_RESHIP']._serialized_end=1138
-  _globals['_ABORT']._serialized_start=1140
-  _globals['_ABORT']._serialized_end=1163
+  _globals['_WELCOME']._serialized_end=481
+  _globals['_ARENAPROOF']._serialized_start=483
+  _globals['_ARENAPROOF']._serialized_end=510
+  _globals['_TIERDECISION']._serialized_start=512
+  _globals['_TIERDECISION']._serialized_end=565
+  _globals['_REFUSE']._serialized_start=567
+  _globals['_REFUSE']._serialized_end=622
+  _globals['_RESERVE']._serialized_start=624
+  _globals['_RESERVE']._serialized_end=735
+  _globals['_GRANT']._serialized_start=737
+  _globals['_GRANT']._serialized_end=778
+  _globals['_WAIT']._serialized_start=780
+  _globals['_WAIT']._serialized_end=804
+  _globals['_CREDIT']._serialized_start=806
+  _globals['_CREDIT']._serialized_end=847
+  _globals['_SEQUENCE']._serialized_start=849
+  _globals['_SEQUENCE']._serialized_end=918
+  _globals['_MANIFEST']._serialized_start=921
+  _globals['_MANIFEST']._serialized_end=1087
+  _globals['_COMMIT']._serialized_start=1089
+  _globals['_COMMIT']._serialized_end=1097
+  _globals['_RESHIP']._serialized_start=1099
+  _globals['_RESHIP']._serialized_end=1133
+  _globals['_ABORT']._serialized_start=1135
+  _globals['_ABORT']._serialized_end=1158
 # @@protoc_insertion_point(module_scope)

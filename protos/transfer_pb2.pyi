@@ -38,24 +38,24 @@ class Hello(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., layout_digest: _Optional[_Mapping[str, str]] = ..., protocol_version: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("epoch", "worker_id", "slot_bytes", "arena_bytes", "arena_path", "ipc_address", "bulk_addresses", "lease_path")
+    __slots__ = ("epoch", "worker_id", "slot_bytes", "num_slots", "arena_name", "ipc_name", "bulk_addresses", "lease_name")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
-    ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
-    ARENA_PATH_FIELD_NUMBER: _ClassVar[int]
-    IPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    ARENA_NAME_FIELD_NUMBER: _ClassVar[int]
+    IPC_NAME_FIELD_NUMBER: _ClassVar[int]
     BULK_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
-    LEASE_PATH_FIELD_NUMBER: _ClassVar[int]
+    LEASE_NAME_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     worker_id: str
     slot_bytes: int
-    arena_bytes: int
-    arena_path: str
-    ipc_address: str
+    num_slots: int
+    arena_name: str
+    ipc_name: str
     bulk_addresses: _containers.RepeatedScalarFieldContainer[str]
-    lease_path: str
-    def __init__(self, epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., arena_bytes: _Optional[int] = ..., arena_path: _Optional[str] = ..., ipc_address: _Optional[str] = ..., bulk_addresses: _Optional[_Iterable[str]] = ..., lease_path: _Optional[str] = ...) -> None: ...
+    lease_name: str
+    def __init__(self, epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., num_slots: _Optional[int] = ..., arena_name: _Optional[str] = ..., ipc_name: _Optional[str] = ..., bulk_addresses: _Optional[_Iterable[str]] = ..., lease_name: _Optional[str] = ...) -> None: ...
 
 class ArenaProof(_message.Message):
     __slots__ = ("nonce",)
