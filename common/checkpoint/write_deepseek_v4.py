@@ -89,6 +89,8 @@ def write_shards(
     for i, part in enumerate(parts):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         save_file({name: t.contiguous() for name, t in part.items()}, directory / file)
+        # safetensors makes files for their owner alone; a checkpoint may be read by another user
+        (directory / file).chmod(0o644)
         weight_map |= dict.fromkeys(part, file)
     weight_map |= dict.fromkeys(stale_index_names, next(iter(weight_map.values())))
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}

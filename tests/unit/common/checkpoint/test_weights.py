@@ -1,4 +1,4 @@
-"""Reading a checkpoint: both ways, whole and in shards, and the loading traps of the specification."""
+"""Reading a checkpoint: both ways, whole and in shards, and the known traps of loading."""
 
 import json
 import logging
