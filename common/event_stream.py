@@ -38,6 +38,8 @@ class EventStream:
         self._is_closed = False
         self._is_overflown = False
         self._wakened = asyncio.Event()
+        # Set on the event loop once the gateway has read too slowly and lost its stream.
+        self.overflowed = asyncio.Event()
 
     @property
     def is_overflown(self) -> bool:
@@ -76,6 +78,8 @@ class EventStream:
     def _wake(self) -> None:
         with self._lock:
             self._is_wake_scheduled = False
+        if self._is_overflown:
+            self.overflowed.set()
         self._wakened.set()
 
     async def __aiter__(self) -> AsyncIterator[inference_pb2.StepEvents]:
