@@ -154,6 +154,8 @@ class DiscoveryOptions:
             raise ConfigError(
                 f"silence_s must be longer than beat_s, got {self.silence_s} and {self.beat_s}"
             )
+        if not self.gateways:
+            raise ConfigError("at least one gateway is needed")
         for address in self.gateways:
             parse_address(address)
 

@@ -80,7 +80,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, role, logger, message, request_id, the event's fields."""
+    """One JSON object a line: time, level, role, logger, message, request_id, event's fields."""
 
     def __init__(self, role: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What every test shares: few threads, no environment of the caller's, fixed seeds, GPU tests only with a GPU."""
+"""What every test shares: few threads, fixed seeds, no variables of ours, GPU tests only on GPUs."""
 
 import os
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> Iterator[None]:
-    """The same random numbers in every run and in every order of tests; torch's only where it is loaded."""
+    """The same random numbers in every run and order of tests; torch's only where it is loaded."""
     import sys
 
     random.seed(0)
