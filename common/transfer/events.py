@@ -103,6 +103,8 @@ class Ready:
     manifest: transfer_pb2.Manifest
     num_bytes: int
     seconds: float  # from the grant to here
+    exposed_s: float = 0.0  # of those, after the first token was sampled
+    inject_s: float = 0.0  # of those, spent checking and scattering chunks
 
 
 @dataclass(frozen=True, slots=True)
