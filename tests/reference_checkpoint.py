@@ -75,6 +75,34 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     return config | changes
 
 
+def published_config(model: str) -> dict[str, Any]:
+    """config.json of the published `pro` or `flash`."""
+    is_pro = model == "pro"
+    num_layers = 61 if is_pro else 43
+    first_two = [128, 128] if is_pro else [0, 0]
+    return tiny_config(
+        vocab_size=129280,
+        hidden_size=7168 if is_pro else 4096,
+        num_hidden_layers=num_layers,
+        num_attention_heads=128 if is_pro else 64,
+        head_dim=512,
+        qk_rope_head_dim=64,
+        q_lora_rank=1536 if is_pro else 1024,
+        o_groups=16 if is_pro else 8,
+        o_lora_rank=1024,
+        sliding_window=128,
+        compress_ratios=[*first_two, *([4, 128] * 30)[: num_layers - 2], 0],
+        index_n_heads=64,
+        index_head_dim=128,
+        index_topk=1024 if is_pro else 512,
+        n_routed_experts=384 if is_pro else 256,
+        num_experts_per_tok=6,
+        moe_intermediate_size=3072 if is_pro else 2048,
+        num_hash_layers=3,
+        routed_scaling_factor=2.5 if is_pro else 1.5,
+    )
+
+
 def dequantized_state(directory: Path) -> dict[str, Tensor]:
     """Every parameter by its own name: fp32 values (int64 for tid2eid), no scales."""
     stored: dict[str, Tensor] = {}
