@@ -9,9 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A second writer of the slot state: `slot` receives what the rings hold after the first `end` tokens.
+    """A second writer of the slot state: `slot` gets what the rings hold after `end` tokens.
 
-    The caller copies the sequence's slot to `slot` before the pass; the pass adds the positions below `end`.
+    The caller copies the sequence's slot to `slot` before the pass; the pass adds the positions
+    below `end`.
     """
 
     slot: int
@@ -36,7 +37,8 @@ class SequenceChunk:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """A batch on the device. Padding has position -1, slot 0 and block 0, and changes nothing that is read.
+    """A batch on the device. Padding changes nothing that is read: its position is -1, its slot
+    and block 0. A padded sequence is the chunk of one token with start -1.
 
     The host's copies of lengths (`starts`, `ends`) are plain ints, so that sizing never syncs.
     """
@@ -51,7 +53,9 @@ class ForwardBatch:
     logits_at: Tensor  # [num_logits] int64: rows of token_ids
     starts: tuple[int, ...]
     ends: tuple[int, ...]
-    writers: tuple[tuple[int, int, int], ...]  # (sequence, slot, end): who writes slot state, snapshots included
+    writers: tuple[
+        tuple[int, int, int], ...
+    ]  # (sequence, slot, end): who writes slot state, snapshots included
 
     @property
     def num_tokens(self) -> int:
@@ -80,7 +84,9 @@ def build_batch(chunks: Sequence[SequenceChunk], device: torch.device) -> Forwar
     positions = [p for chunk in chunks for p in range(chunk.start, chunk.end)]
     sequences = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor(lengths))
 
-    def ints(values: Sequence[int] | Sequence[Sequence[int]], dtype: torch.dtype = torch.int64) -> Tensor:
+    def ints(
+        values: Sequence[int] | Sequence[Sequence[int]], dtype: torch.dtype = torch.int64
+    ) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
     return ForwardBatch(

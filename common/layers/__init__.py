@@ -1,0 +1,1 @@
+"""Layers that models share: weights pulled from a checkpoint, complete when constructed."""

@@ -1,0 +1,141 @@
+"""Linear layers over quantised matrices, and their parallel forms; size 1 is the trivial case."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scission.common.checkpoint.weights import Matrix, Shard, Weights
+from scission.common.errors import CheckpointError
+from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
+from scission.common.parallel.ranks import Axis
+from scission.kernels.quant import round_trip_fp8
+
+
+def axis_shard(axis: Axis, dim: int, align: int = 1) -> Shard | None:
+    """This rank's part of a dimension, in whole units of `align`; None: all of it."""
+    return Shard(dim, axis.rank, axis.size, align) if axis.size > 1 else None
+
+
+class Linear:
+    """y = x Wᵀ for one matrix, or for several over the same input, whose outputs lie side by side.
+
+    On the CPU the values are kept in the dtype of the activations, which holds them exactly; on
+    other devices the stored codes are kept, and decoded when used.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Matrix], numerics: Numerics, *, rounds_input: bool = True
+    ) -> None:
+        """
+        Args:
+            matrices: all [.., in] of one in.
+            numerics: dtype of input and output, and whether a quantised matrix's input is rounded.
+            rounds_input: False for a matrix that is multiplied without that.
+        """
+        quantised = {matrix.kind != "plain" for matrix in matrices}
+        if len(quantised) > 1:
+            kinds = ", ".join(matrix.kind for matrix in matrices)
+            raise CheckpointError(f"matrices of one input must be all quantised or none: {kinds}")
+        self._matrices = tuple(matrices)
+        self._dtype = numerics.dtype
+        self._rounds_input = rounds_input and numerics.rounds and quantised.pop()
+        is_kept = matrices[0].codes.device.type == "cpu"
+        self._values = self._decode() if is_kept else None
+        if is_kept:
+            self._matrices = ()
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in] of the activations' dtype."""
+        return self._values if self._values is not None else self._decode()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_tokens, in] -> [num_tokens, out]."""
+        if self._rounds_input:
+            x = round_trip_fp8(x, LINEAR_BLOCK)
+        return F.linear(x, self.weight)
+
+    def _decode(self) -> Tensor:
+        return torch.cat([matrix.dequantize(self._dtype) for matrix in self._matrices])
+
+
+class ColumnParallelLinear(Linear):
+    """Each rank holds some of the outputs, in whole units of `align` (heads, groups)."""
+
+    def __init__(
+        self,
+        w: Weights,
+        name: str,
+        out_features: int,
+        in_features: int,
+        axis: Axis,
+        numerics: Numerics,
+        *,
+        align: int = 1,
+        rounds_input: bool = True,
+    ) -> None:
+        matrix = w.matrix(name, out_features, in_features, axis_shard(axis, 0, align))
+        super().__init__([matrix], numerics, rounds_input=rounds_input)
+
+
+class RowParallelLinear(Linear):
+    """Each rank holds some of the inputs; the outputs are summed over the ranks in fp32."""
+
+    def __init__(
+        self,
+        w: Weights,
+        name: str,
+        out_features: int,
+        in_features: int,
+        axis: Axis,
+        numerics: Numerics,
+        *,
+        align: int = 1,
+    ) -> None:
+        super().__init__(
+            [w.matrix(name, out_features, in_features, axis_shard(axis, 1, align))], numerics
+        )
+        self._axis = axis
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = super().__call__(x)
+        if self._axis.size == 1:
+            return y
+        return self._axis.all_reduce(y.float()).to(y.dtype)
+
+
+class VocabParallelEmbedding:
+    """Each rank holds the rows of some of the vocabulary; the table stays in its stored dtype."""
+
+    def __init__(
+        self, w: Weights, name: str, vocab_size: int, dim: int, axis: Axis, numerics: Numerics
+    ) -> None:
+        shard = axis_shard(axis, 0)
+        self._table = w.tensor(f"{name}.weight", (vocab_size, dim), torch.bfloat16, shard)
+        self._first = shard.bounds(vocab_size)[0] if shard else 0
+        self._axis = axis
+        self._dtype = numerics.dtype
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """[num_tokens] int64 -> [num_tokens, dim] of the activations' dtype."""
+        if self._axis.size == 1:
+            return self._table.index_select(0, token_ids).to(self._dtype)
+        local = token_ids - self._first
+        is_mine = (local >= 0) & (local < self._table.shape[0])
+        rows = F.embedding(local * is_mine, self._table) * is_mine.unsqueeze(-1)
+        return self._axis.all_reduce(rows).to(self._dtype)
+
+
+class VocabParallelHead:
+    """Logits in fp32; each rank computes those of some of the vocabulary."""
+
+    def __init__(self, w: Weights, name: str, vocab_size: int, dim: int, axis: Axis) -> None:
+        shard = axis_shard(axis, 0, align=-(-vocab_size // axis.size))
+        self._weight = w.tensor(f"{name}.weight", (vocab_size, dim), torch.bfloat16, shard).float()
+        self._axis = axis
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, dim] -> [n, vocab_size] float32."""
+        return self._axis.all_gather(F.linear(x.float(), self._weight))

@@ -1,0 +1,166 @@
+"""Mixture of experts: routers, the routed experts, and the shared expert among them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scission.common.checkpoint.weights import Matrix, Weights
+from scission.common.layers.linear import axis_shard
+from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
+from scission.common.parallel.ranks import Axis
+from scission.kernels.moe import gate, route, run_experts
+from scission.kernels.quant import round_trip_fp8
+
+
+class ScoreRouter:
+    """The top_k experts by score plus bias; fp32."""
+
+    def __init__(self, w: Weights, dim: int, num_experts: int, top_k: int, scaling: float) -> None:
+        self._weight = w.tensor("weight", (num_experts, dim), torch.bfloat16).float()
+        self._bias = w.tensor("bias", (num_experts,), torch.float32)
+        self._top_k = top_k
+        self._scaling = scaling
+
+    def __call__(self, x: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[num_tokens, dim] -> experts [num_tokens, top_k] int64 and weights float32."""
+        logits = F.linear(x.float(), self._weight)
+        return route(logits, self._bias, self._top_k, self._scaling)
+
+
+class HashRouter:
+    """The experts that a table gives each token id; the weights are the router's."""
+
+    def __init__(
+        self,
+        w: Weights,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        scaling: float,
+        vocab_size: int,
+    ) -> None:
+        self._weight = w.tensor("weight", (num_experts, dim), torch.bfloat16).float()
+        self._experts_of = w.tensor("tid2eid", (vocab_size, top_k), torch.int64)
+        self._scaling = scaling
+
+    def __call__(self, x: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[num_tokens, dim] -> experts [num_tokens, top_k] int64 and weights float32."""
+        experts = self._experts_of.index_select(0, token_ids)
+        logits = F.linear(x.float(), self._weight)
+        return experts, gate(logits, experts, self._scaling)
+
+
+class ExpertStack:
+    """Gated feed-forward experts of one shape; (w1 | w3) is one matrix, gate then up."""
+
+    def __init__(
+        self,
+        w1: Sequence[Matrix],
+        w2: Sequence[Matrix],
+        w3: Sequence[Matrix],
+        limit: float,
+        numerics: Numerics,
+    ) -> None:
+        """
+        Args:
+            w1, w2, w3: stacked matrices [experts, out, in], or single ones, in order of expert.
+            limit: of the activation.
+        """
+        self._matrices = (tuple(w1), tuple(w2), tuple(w3))
+        self._limit = limit
+        self._dtype = numerics.dtype
+        self._round_block = LINEAR_BLOCK if _rounds(w1[0], numerics) else None
+        is_kept = w1[0].codes.device.type == "cpu"
+        self._values = self._decode() if is_kept else None
+        if is_kept:
+            self._matrices = ((), (), ())
+
+    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """[num_tokens, dim] -> [num_tokens, dim] float32: the weighted sum of the given experts.
+
+        Args:
+            experts: [num_tokens, k] int64, numbers in this stack; `weights`: float32.
+        """
+        w13, w2 = self._values if self._values is not None else self._decode()
+        if self._round_block is not None:
+            x = round_trip_fp8(x, self._round_block)
+        return run_experts(x, experts, weights, w13, w2, self._limit, self._round_block)
+
+    def _decode(self) -> tuple[Tensor, Tensor]:
+        w1, w2, w3 = (
+            torch.cat(
+                [m.dequantize(self._dtype).view(-1, m.out_features, m.in_features) for m in parts]
+            )
+            for parts in self._matrices
+        )
+        return torch.cat([w1, w3], dim=1), w2
+
+
+class MoE:
+    """Router, routed experts and one shared expert; expert parallel by contiguous ranges.
+
+    Where it can be, the shared expert is one more expert of the stack, which every token is routed
+    to with weight 1.
+    """
+
+    def __init__(
+        self,
+        w: Weights,
+        router: ScoreRouter | HashRouter,
+        dim: int,
+        inner: int,
+        num_experts: int,
+        limit: float,
+        axis: Axis,
+        numerics: Numerics,
+    ) -> None:
+        names = [f"experts.{expert}" for expert in range(num_experts)]
+        shard = axis_shard(axis, 0)
+        w1, w2, w3 = (
+            w.experts([f"{name}.{part}" for name in names], *shape, shard)
+            for part, shape in (("w1", (inner, dim)), ("w2", (dim, inner)), ("w3", (inner, dim)))
+        )
+        shared = w.scope("shared_experts")
+        shared_w1, shared_w2, shared_w3 = (
+            shared.matrix("w1", inner, dim),
+            shared.matrix("w2", dim, inner),
+            shared.matrix("w3", inner, dim),
+        )
+        self._router = router
+        self._axis = axis
+        self._first, last = shard.bounds(num_experts) if shard else (0, num_experts)
+        self._num_local = last - self._first
+        self._dtype = numerics.dtype
+        self._shared: ExpertStack | None = None
+        if axis.size == 1 and _rounds(w1, numerics) == _rounds(shared_w1, numerics):
+            self._experts = ExpertStack(
+                (w1, shared_w1), (w2, shared_w2), (w3, shared_w3), limit, numerics
+            )
+        else:
+            self._experts = ExpertStack((w1,), (w2,), (w3,), limit, numerics)
+            self._shared = ExpertStack((shared_w1,), (shared_w2,), (shared_w3,), limit, numerics)
+
+    def __call__(self, x: Tensor, token_ids: Tensor) -> Tensor:
+        """[num_tokens, dim] -> [num_tokens, dim]; routed and shared are summed in fp32, cast once.
+
+        Args:
+            token_ids: [num_tokens] int64, which hash routing goes by.
+        """
+        experts, weights = self._router(x, token_ids)
+        if self._shared is None:
+            experts = F.pad(experts, (0, 1), value=self._num_local)
+            weights = F.pad(weights, (0, 1), value=1.0)
+            return self._experts(x, experts, weights).to(self._dtype)
+        if self._axis.size > 1:
+            experts = experts - self._first
+            is_mine = (experts >= 0) & (experts < self._num_local)
+            experts, weights = experts * is_mine, weights * is_mine
+        total = self._axis.all_reduce(self._experts(x, experts, weights))
+        one = torch.ones_like(weights[:, :1])
+        return (total + self._shared(x, torch.zeros_like(experts[:, :1]), one)).to(self._dtype)
+
+
+def _rounds(matrix: Matrix, numerics: Numerics) -> bool:
+    return numerics.rounds and matrix.kind != "plain"

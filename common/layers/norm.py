@@ -1,0 +1,19 @@
+"""RMSNorm with a weight from the checkpoint."""
+
+import torch
+from torch import Tensor
+
+from scission.common.checkpoint.weights import Weights
+from scission.kernels.norm import rms_norm
+
+
+class RMSNorm:
+    """The weight is bf16 on disk and fp32 in memory."""
+
+    def __init__(self, w: Weights, name: str, dim: int, eps: float) -> None:
+        self._weight = w.tensor(f"{name}.weight", (dim,), torch.bfloat16).float()
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[.., dim] -> [.., dim], fp32 inside."""
+        return rms_norm(x, self._weight, self._eps)

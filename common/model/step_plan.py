@@ -1,0 +1,284 @@
+"""What one step's batch means for the caches, worked out once and shared by all layers.
+
+Which rows a query sees, which ring rows a chunk looks back on and overwrites, which compressed
+entries the step completes and from which rows. Everything is made from the batch's host numbers
+and index arithmetic on the device: no layer asks again, and nothing waits for the device.
+
+Rows are numbers into a pool flattened to [rows, width]: a ring's is slot * ring_size + position %
+ring_size, a paged component's block * rows_per_block + entry % rows_per_block.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scission.common.model.batch import ForwardBatch
+from scission.kernels.rope import rotations
+
+_ABSENT = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class RingWrites:
+    """pool[rows[i]] = fresh[tokens[i]] for every ring of one size; tokens None: all, in order."""
+
+    rows: Tensor
+    tokens: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class WindowPlan:
+    """The sliding window of every query.
+
+    Where every sequence has one token, it is written first and `rows` are ring rows: it overwrites
+    the position that has just left the window. In a longer chunk early queries still see what late
+    tokens overwrite, so `rows` point into (ring rows `look_back`, then the fresh tokens), and the
+    ring is written last.
+    """
+
+    rows: Tensor  # [num_tokens, width] int64, the query's own position first
+    bias: Tensor  # [num_tokens, width] float32: 0, or -inf before the sequence's begin
+    look_back: Tensor | None  # [n] int64 ring rows; None: `rows` are ring rows
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionPlan:
+    """The entries of one ratio that this step completes.
+
+    `sources` are half rows (with overlap; whole rows without) of (ring rows `look_back`, then the
+    fresh tokens, then one initial row).
+    """
+
+    num_entries: int
+    phases: Tensor  # [num_tokens] int64: position in the token's own block
+    look_back: Tensor  # [n] int64 ring rows
+    sources: Tensor  # [num_entries, rows per entry] int64
+    rows: Tensor  # [num_entries] int64: where the entries go in the paged pool
+    rotation: Tensor  # [num_entries, rope_dim / 2] complex64, of the blocks' first positions
+
+
+@dataclass(frozen=True, slots=True)
+class EntryPlan:
+    """The compressed entries of one ratio that queries see.
+
+    Rows of entries that are not complete name a complete one of some sequence, so that whatever is
+    gathered is finite; the bias takes them out.
+    """
+
+    rows: Tensor  # [num_seqs, max_entries] int64
+    bias: Tensor  # [num_tokens, max_entries] float32: -inf where not (yet) visible
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """[num_tokens, rope_dim / 2] complex64: of the positions, and back."""
+
+    forward: Tensor
+    inverse: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PlanGeometry:
+    """What of a model the plan depends on."""
+
+    window: int
+    block_size: int
+    overlaps: Mapping[int, bool]  # by compression ratio
+    plain_frequencies: Tensor  # [rope_dim / 2] float32, on the device
+    compressed_frequencies: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    token_ids: Tensor
+    sequences: Tensor
+    plain_rotation: Rotation
+    compressed_rotation: Rotation
+    window: WindowPlan
+    ring_writes: Mapping[int, RingWrites]  # by ring size
+    compressions: Mapping[int, CompressionPlan]  # by ratio
+    entries: Mapping[int, EntryPlan | None]  # by ratio; None: no query sees any
+
+
+def plan_step(
+    batch: ForwardBatch, geometry: PlanGeometry, *, keeps_window: bool = True
+) -> StepPlan:
+    """Plan a batch; without `keeps_window` every window is the chunk's own tokens."""
+    device = batch.positions.device
+    ring_sizes = {geometry.window} | {
+        ratio * (1 + overlap) for ratio, overlap in geometry.overlaps.items()
+    }
+    return StepPlan(
+        token_ids=batch.token_ids,
+        sequences=batch.sequences,
+        plain_rotation=_rotation(batch.positions, geometry.plain_frequencies),
+        compressed_rotation=_rotation(batch.positions, geometry.compressed_frequencies),
+        window=_plan_window(
+            batch, geometry.window, is_in_place=keeps_window and _is_single_token(batch)
+        ),
+        ring_writes={size: _plan_ring_writes(batch, size) for size in ring_sizes},
+        compressions={
+            ratio: _plan_compression(batch, geometry, ratio, overlap)
+            for ratio, overlap in geometry.overlaps.items()
+        },
+        entries={
+            ratio: _plan_entries(batch, geometry.block_size, ratio, device)
+            for ratio in geometry.overlaps
+        },
+    )
+
+
+def _rotation(positions: Tensor, frequencies: Tensor) -> Rotation:
+    forward = rotations(positions, frequencies)
+    return Rotation(forward, forward.conj_physical())
+
+
+def _is_single_token(batch: ForwardBatch) -> bool:
+    return batch.num_tokens == len(batch.starts)
+
+
+def _plan_ring_writes(batch: ForwardBatch, size: int) -> RingWrites:
+    """The last `size` tokens of every writer; a padded token (position -1) goes to slot 0."""
+    if _is_single_token(batch) and len(batch.writers) == len(batch.starts):
+        return RingWrites(batch.slots * size + batch.positions % size, None)
+    writers = [
+        (sequence, slot, max(batch.starts[sequence], end - size), end)
+        for sequence, slot, end in batch.writers
+        if end > batch.starts[sequence]
+    ]
+    counts = [end - first for _, _, first, end in writers]
+    positions = _ragged_range([first for _, _, first, _ in writers], counts)
+    offsets = _offsets(batch)
+    # a token's row in the batch less its position
+    shifts = [offsets[sequence] - batch.starts[sequence] for sequence, *_ in writers]
+    tokens = positions + _repeat(shifts, counts)
+    rows = _repeat([slot * size for _, slot, *_ in writers], counts) + positions % size
+    device = batch.positions.device
+    return RingWrites(rows.to(device), tokens.to(device))
+
+
+def _plan_window(batch: ForwardBatch, size: int, *, is_in_place: bool) -> WindowPlan:
+    device = batch.positions.device
+    width = max(min(size, batch.max_context_len), 1)
+    # [num_tokens, width], the query's own position first
+    positions = batch.positions.unsqueeze(1) - torch.arange(width, device=device)
+    is_absent = positions < 0
+    bias = torch.zeros(is_absent.shape, device=device).masked_fill_(is_absent, _ABSENT)
+    if is_in_place:
+        rows = (batch.slots * size).unsqueeze(1) + positions % size
+        return WindowPlan(torch.where(is_absent, rows[:, :1], rows), bias, None)
+    look_back, ends = _look_back(batch, [max(0, start - size + 1) for start in batch.starts], size)
+    rows = _recent_rows(batch, positions, batch.sequences.unsqueeze(1), look_back, ends)
+    return WindowPlan(torch.where(is_absent, rows[:, :1], rows), bias, look_back)
+
+
+def _plan_compression(
+    batch: ForwardBatch, geometry: PlanGeometry, ratio: int, overlap: bool
+) -> CompressionPlan:
+    device = batch.positions.device
+    phases = batch.positions % ratio
+    starts = [max(start, 0) for start in batch.starts]
+    firsts = [start // ratio for start in starts]
+    counts = [max(end, 0) // ratio - first for end, first in zip(batch.ends, firsts, strict=True)]
+    num_entries = sum(counts)
+    if not num_entries:
+        none = phases[:0]
+        return CompressionPlan(0, phases, none, none, none, geometry.compressed_frequencies[:0])
+    per_entry, halves = (2 * ratio, 2) if overlap else (ratio, 1)
+    ring_size = per_entry
+    needed = [
+        max(0, (first - overlap) * ratio) if count else start
+        for first, count, start in zip(firsts, counts, starts, strict=True)
+    ]
+    look_back, ends = _look_back(batch, needed, ring_size)
+    entries = _ragged_range(firsts, counts).to(device)
+    sequences = _repeat(range(len(counts)), counts).to(device)
+    slots = torch.arange(per_entry, device=device)
+    # [num_entries, per_entry]
+    positions = ((entries - int(overlap)) * ratio).unsqueeze(1) + slots
+    rows = _recent_rows(batch, positions, sequences.unsqueeze(1), look_back, ends)
+    initial_row = look_back.shape[0] + batch.num_tokens
+    rows = torch.where(positions < 0, initial_row, rows)
+    if overlap:
+        # the first half of a row serves the next block, the second half its own
+        rows = rows * halves + slots // ratio
+    return CompressionPlan(
+        num_entries=num_entries,
+        phases=phases,
+        look_back=look_back,
+        sources=rows,
+        rows=_paged_rows(batch, sequences, entries, geometry.block_size // ratio),
+        rotation=rotations(entries * ratio, geometry.compressed_frequencies),
+    )
+
+
+def _plan_entries(
+    batch: ForwardBatch, block_size: int, ratio: int, device: torch.device
+) -> EntryPlan | None:
+    counts = [max(end, 0) // ratio for end in batch.ends]
+    max_entries = max(counts)
+    if not max_entries:
+        return None
+    numbers = torch.arange(max_entries, device=device)
+    sequences = torch.arange(len(counts), device=device).unsqueeze(1)
+    rows = _paged_rows(batch, sequences, numbers.unsqueeze(0), block_size // ratio)
+    if min(counts) < max_entries:
+        num_complete = (batch.context_lens // ratio).unsqueeze(1)
+        some_complete = rows[counts.index(max_entries), 0]
+        rows = torch.where(numbers < num_complete, rows, some_complete)
+    num_visible = (batch.positions + 1) // ratio
+    is_hidden = numbers >= num_visible.unsqueeze(1)
+    bias = torch.zeros(is_hidden.shape, device=device).masked_fill_(is_hidden, _ABSENT)
+    return EntryPlan(rows, bias)
+
+
+def _look_back(batch: ForwardBatch, firsts: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+    """Ring rows of the positions [firsts[i], starts[i]) of every sequence, and where each ends."""
+    device = batch.positions.device
+    counts = [max(start - first, 0) for start, first in zip(batch.starts, firsts, strict=True)]
+    ends = torch.tensor(counts).cumsum(0).to(device)
+    positions = _ragged_range(firsts, counts).to(device)
+    sequences = _repeat(range(len(counts)), counts).to(device)
+    return batch.slots[sequences] * size + positions % size, ends
+
+
+def _recent_rows(
+    batch: ForwardBatch, positions: Tensor, sequences: Tensor, look_back: Tensor, ends: Tensor
+) -> Tensor:
+    """Where positions lie in (rows `look_back`, then the fresh tokens); `sequences` broadcasts."""
+    device = positions.device
+    starts = torch.tensor(batch.starts, device=device)[sequences]
+    offsets = torch.tensor(_offsets(batch), device=device)[sequences]
+    after = positions - starts
+    fresh = look_back.shape[0] + offsets + after
+    return torch.where(after >= 0, fresh, ends[sequences] + after)
+
+
+def _paged_rows(
+    batch: ForwardBatch, sequences: Tensor, entries: Tensor, rows_per_block: int
+) -> Tensor:
+    blocks = batch.block_tables[sequences, entries // rows_per_block]
+    return blocks * rows_per_block + entries % rows_per_block
+
+
+def _offsets(batch: ForwardBatch) -> list[int]:
+    """The row of every sequence's first token."""
+    offsets = [0]
+    for start, end in zip(batch.starts, batch.ends, strict=True):
+        offsets.append(offsets[-1] + end - start)
+    return offsets[:-1]
+
+
+def _ragged_range(firsts: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """range(first, first + count) of every pair, end to end."""
+    numbers = torch.tensor(counts, dtype=torch.int64)
+    shifts = torch.tensor(firsts, dtype=torch.int64) - (numbers.cumsum(0) - numbers)
+    return torch.arange(int(numbers.sum())) + torch.repeat_interleave(shifts, numbers)
+
+
+def _repeat(values: Sequence[int], counts: Sequence[int]) -> Tensor:
+    return torch.repeat_interleave(
+        torch.tensor(values, dtype=torch.int64), torch.tensor(counts, dtype=torch.int64)
+    )

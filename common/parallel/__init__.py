@@ -1,0 +1,1 @@
+"""How ranks of one worker share a model."""

@@ -1,0 +1,42 @@
+"""Rows of a pool (a layer's ring slots or blocks, flattened), written and read by row number."""
+
+from torch import Tensor
+
+from scission.kernels.cache import reference
+
+__all__ = ["recent_rows", "write_rows_"]
+
+
+def write_rows_(pool: Tensor, rows: Tensor, values: Tensor, tokens: Tensor | None = None) -> None:
+    """pool[rows[i]] = values[tokens[i]], in place.
+
+    Args:
+        pool: [num_rows, width].
+        rows: [n] int64, distinct but for scratch rows.
+        values: [num_tokens, width] of the pool's dtype.
+        tokens: [n] int64; None: all tokens in order.
+    """
+    num_values = values.shape[0] if tokens is None else tokens.shape[0]
+    if rows.shape[0] != num_values or pool.shape[1:] != values.shape[1:]:
+        raise ValueError(
+            f"{num_values} rows {list(values.shape[1:])} do not fit {rows.shape[0]} rows "
+            f"of a pool {list(pool.shape)}"
+        )
+    reference.write_rows_(pool, rows, values, tokens)
+
+
+def recent_rows(
+    pool: Tensor | None, rows: Tensor | None, fresh: Tensor, initial: float | None = None
+) -> Tensor:
+    """What a chunk can look back on: the pool's rows before it, then its own, then an initial row.
+
+    Args:
+        pool: [num_rows, width]; None: nothing came before.
+        rows: [r] int64, of the pool; None: none.
+        fresh: [num_tokens, width] of the pool's dtype.
+        initial: value of one last row; None: no such row.
+
+    Returns:
+        [r + num_tokens (+ 1), width].
+    """
+    return reference.recent_rows(pool, rows, fresh, initial)

@@ -1,0 +1,45 @@
+"""Rotary position embedding: interleaved pairs of the LAST channels, rotated in place."""
+
+import torch
+from torch import Tensor
+
+from scission.kernels.rope import reference
+
+__all__ = ["rotate_", "rotations"]
+
+
+def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Unit complex numbers cos + i sin of every position's angles.
+
+    The angle is the fp32 product of position and frequency: near position 10^6 an fp64 product
+    gives other bits.
+
+    Args:
+        positions: [n] integers.
+        frequencies: [rope_dim / 2] float32.
+
+    Returns:
+        [n, rope_dim / 2] complex64.
+    """
+    if frequencies.dtype != torch.float32:
+        raise ValueError(f"frequencies must be float32, got {frequencies.dtype}")
+    return reference.rotations(positions, frequencies)
+
+
+def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate the last channels of x in place: (a, b) -> (a cos - b sin, a sin + b cos).
+
+    Pair i is the channels (2i, 2i + 1) of the last rope_dim. The inverse rotation is the one by
+    the conjugate.
+
+    Args:
+        x: [n, .., dim] float32 or bfloat16, last dim contiguous.
+        rotation: [n, rope_dim / 2] complex64.
+
+    Returns:
+        x.
+    """
+    rope_dim = 2 * rotation.shape[-1]
+    if x.shape[0] != rotation.shape[0] or x.shape[-1] < rope_dim:
+        raise ValueError(f"x {list(x.shape)} does not fit rotation {list(rotation.shape)}")
+    return reference.rotate_(x, rotation)
