@@ -1,0 +1,118 @@
+"""A model on its storage: how much state fits, and one forward pass over chunks of sequences.
+
+Prefill and decode compute through the same `Runner`: a pass does not know which service asked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scission.common.cache.layout import CacheLayout
+from scission.common.cache.storage import SCRATCH, CacheStorage
+from scission.common.config import CacheOptions
+from scission.common.errors import ConfigError
+from scission.common.model.batch import SequenceChunk, build_batch
+from scission.common.model.deepseek_v4 import OnLayers
+from scission.common.model.load import Model
+
+CPU_STATE_BYTES = 1 << 30
+NUM_SCRATCH = SCRATCH + 1
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """What a storage is made with: blocks and slots, the scratch ones included."""
+
+    num_blocks: int
+    num_slots: int
+    num_snapshots: int = 0  # slots of those that the prefix cache may hold
+
+
+def state_bytes(options: CacheOptions, device: torch.device) -> int:
+    """Bytes that all blocks and slots may take, with the weights loaded already."""
+    if options.memory_bytes is not None:
+        return options.memory_bytes
+    if device.type != "cuda":
+        return CPU_STATE_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total * options.memory_utilization) - (total - free)
+
+
+def plan_cache(
+    layout: CacheLayout,
+    options: CacheOptions,
+    *,
+    num_requests: int,
+    has_prefix_cache: bool,
+    device: torch.device,
+) -> CacheSize:
+    """Slots for `num_requests` requests and the prefix snapshots, and blocks from what they leave.
+
+    Raises:
+        ConfigError: the budget holds no block beside the slots.
+    """
+    num_snapshots = 0
+    if has_prefix_cache and options.enable_prefix_caching and layout.slot_bytes:
+        num_snapshots = options.snapshot_bytes // layout.slot_bytes
+    if options.num_blocks is not None:
+        # a snapshot stands at the end of a block: more snapshots than blocks would lie idle
+        num_snapshots = min(num_snapshots, options.num_blocks)
+        return CacheSize(
+            NUM_SCRATCH + options.num_blocks,
+            NUM_SCRATCH + num_requests + num_snapshots,
+            num_snapshots,
+        )
+    budget = state_bytes(options, device)
+    left = budget - (NUM_SCRATCH + num_requests) * layout.slot_bytes
+    num_snapshots = max(0, min(num_snapshots, left // (layout.slot_bytes + layout.block_bytes)))
+    num_blocks = (left - num_snapshots * layout.slot_bytes) // layout.block_bytes
+    if num_blocks <= NUM_SCRATCH:
+        raise ConfigError(
+            f"{budget} bytes of state hold no block of {layout.block_bytes} bytes beside the slots "
+            f"of {num_requests} requests, {layout.slot_bytes} bytes each: raise memory_bytes or "
+            f"lower max_num_seqs"
+        )
+    return CacheSize(num_blocks, NUM_SCRATCH + num_requests + num_snapshots, num_snapshots)
+
+
+class Runner:
+    """One rank's model and the storage it computes on; belongs to the engine thread."""
+
+    def __init__(self, model: Model, storage: CacheStorage) -> None:
+        self._model = model
+        self.storage = storage
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[SequenceChunk], on_layers: OnLayers | None = None) -> Tensor:
+        """One pass. A snapshot's slot is made a copy of its sequence's before it.
+
+        Returns:
+            [num_logits, vocab] float32, in the order of the chunks; a chunk's `logits` says which.
+        """
+        for chunk in chunks:
+            for snapshot in chunk.snapshots:
+                self.storage.copy_slot(chunk.slot, snapshot.slot)
+        batch = build_batch(chunks, self.storage.device)
+        return self._model.forward(batch, self.storage, on_layers)
+
+    def warm_up(self, num_tokens: int) -> None:
+        """A first pass over `num_tokens` tokens at most, before any request: block and slot 1 on.
+
+        What it leaves in blocks is never read; the slot is made clean again.
+        """
+        room = (self.storage.num_blocks - NUM_SCRATCH) * self.storage.layout.block_size
+        num_tokens = max(1, min(num_tokens, room))
+        block_ids = range(NUM_SCRATCH, NUM_SCRATCH + self.storage.layout.num_blocks(num_tokens))
+        chunk = SequenceChunk(
+            token_ids=[0] * num_tokens, start=0, block_ids=list(block_ids), slot=NUM_SCRATCH
+        )
+        self.forward([chunk])
+        self.storage.reset_slot(NUM_SCRATCH)
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it, where that is another device."""
+        if self.storage.device.type == "cuda":
+            torch.cuda.current_stream(self.storage.device).synchronize()

@@ -1,0 +1,1 @@
+"""The prefill service: computes prompts, samples the first token, hands the state to a decode."""
