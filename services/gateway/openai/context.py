@@ -1,0 +1,32 @@
+"""What the endpoints stand on, put together once by the app."""
+
+import random
+from dataclasses import dataclass
+
+from scission.common.config import HttpOptions
+from scission.common.metrics import RequestMetrics
+from scission.services.gateway.chat.format import ChatFormat
+from scission.services.gateway.engine import Engine, RequestIds
+from scission.services.gateway.served_model import ServedModel
+from scission.services.gateway.tokenizer import TextEncoder, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServingContext:
+    engine: Engine
+    model: ServedModel
+    tokenizer: Tokenizer
+    encoder: TextEncoder
+    chat_format: ChatFormat
+    options: HttpOptions
+    metrics: RequestMetrics
+    request_ids: RequestIds
+    seeds: random.Random  # for requests that bring none
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What the HTTP request itself says, apart from its body."""
+
+    arrival: float  # time.monotonic() at the request's first byte
+    external_id: str  # X-Request-Id, the caller's or ours
