@@ -6,6 +6,8 @@ two, from the fp32 bits: a float log2 can miss by one binade at exact powers. Bl
 sizes; the last one of a dimension may be partial. Arguments are checked in `__init__`.
 """
 
+import struct
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,19 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; bit 3 of a cod
 _EXPONENT = 0x7F800000
 _MANTISSA = 0x007FFFFF
 _SMALLEST_NORMAL = 2.0**-126
+
+
+def _to_lowest(largest: float, smallest_normal: float) -> int:
+    """Added to the fp32 bits of amax, exponent kept: scale * smallest_normal of a small format.
+
+    The scale is amax / largest rounded up: a carry past the mantissa of `largest` is that rounding.
+    """
+    largest_bits, smallest_bits = struct.unpack("<ii", struct.pack("<ff", largest, smallest_normal))
+    return int(_MANTISSA - largest_bits + smallest_bits)
+
+
+_FP8_LOWEST = _to_lowest(FP8_MAX, 2.0**-6)
+_FP4_LOWEST = _to_lowest(FP4_MAX, 1.0)
 
 
 def ue8m0_to_float(codes: Tensor) -> Tensor:
@@ -70,7 +85,8 @@ def quantize_group_fp4(w: Tensor) -> tuple[Tensor, Tensor]:
     groups = torch.unflatten(w.to(torch.float32), -1, (-1, FP4_GROUP))
     amax = groups.abs().amax(-1, keepdim=True).clamp_min(FP4_MAX * _SMALLEST_NORMAL)
     scales, scale_codes = ue8m0_round_up(amax / FP4_MAX)
-    magnitudes = _round_to_grid((groups / scales).abs(), torch.ones_like(scales), mantissa_bits=1)
+    magnitudes = (groups / scales).abs_()
+    magnitudes = _round_to_grid(magnitudes, magnitudes.clamp_min(1.0), mantissa_bits=1)
     # magnitudes are multiples of 0.5, so twice a magnitude indexes its code
     codes_by_twice = torch.zeros(13, dtype=torch.uint8, device=w.device)
     codes_by_twice[[0, 1, 2, 3, 4, 6, 8, 12]] = torch.arange(8, dtype=torch.uint8, device=w.device)
@@ -83,14 +99,11 @@ def quantize_group_fp4(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_trip_fp8(x: Tensor, block: int, amax_floor: float) -> Tensor:
-    # e4m3: 3 mantissa bits, smallest normal 2 ** -6
-    return _round_trip(x, block, amax_floor, FP8_MAX, smallest_normal=2.0**-6, mantissa_bits=3)
+    return _round_trip(x, block, amax_floor, _FP8_LOWEST, mantissa_bits=3)
 
 
 def round_trip_fp4(x: Tensor, block: int) -> Tensor:
-    # e2m1: 1 mantissa bit, smallest normal 1
-    floor = FP4_MAX * _SMALLEST_NORMAL
-    return _round_trip(x, block, floor, FP4_MAX, smallest_normal=1.0, mantissa_bits=1)
+    return _round_trip(x, block, FP4_MAX * _SMALLEST_NORMAL, _FP4_LOWEST, mantissa_bits=1)
 
 
 def scale_values(scales: Tensor) -> Tensor:
@@ -101,39 +114,38 @@ def scale_values(scales: Tensor) -> Tensor:
 
 
 def _round_trip(
-    x: Tensor,
-    block: int,
-    amax_floor: float,
-    largest: float,
-    *,
-    smallest_normal: float,
-    mantissa_bits: int,
+    x: Tensor, block: int, amax_floor: float, amax_to_lowest: int, mantissa_bits: int
 ) -> Tensor:
     """Scale each block of the last dim, cast it to the small format, cast and scale back.
 
-    Dividing by a power of two moves no mantissa bit, so the values are rounded where they stand.
+    Dividing by a power of two moves no mantissa bit, so the values are rounded where they stand. On
+    the hot path of a CPU the number of operations counts, hence the work in place.
+
+    Args:
+        amax_to_lowest: what takes the bits of amax to those of scale * smallest normal value.
     """
-    width = x.shape[-1]
+    *leading, width = x.shape
     padded = F.pad(x, (0, -width % block)) if width % block else x
-    blocks = torch.unflatten(padded.to(torch.float32), -1, (-1, block))
+    blocks = padded.to(torch.float32).view(*leading, padded.shape[-1] // block, block)
     magnitudes = blocks.abs()
-    ratios = magnitudes.amax(-1, keepdim=True).clamp_min_(amax_floor).div_(largest)
-    scales = ratios.view(torch.int32).add_(_MANTISSA).bitwise_and_(_EXPONENT).view(torch.float32)
-    rounded = _round_to_grid(blocks, scales.mul_(smallest_normal), mantissa_bits, magnitudes)
-    return rounded.flatten(-2)[..., :width].to(x.dtype)
+    lowest = magnitudes.amax(-1, keepdim=True).clamp_min_(amax_floor)
+    lowest.view(torch.int32).add_(amax_to_lowest).bitwise_and_(_EXPONENT)
+    rounded = _round_to_grid(blocks, magnitudes.clamp_min_(lowest), mantissa_bits)
+    rounded = rounded.view(padded.shape).to(x.dtype)
+    return rounded[..., :width] if padded is not x else rounded
 
 
-def _round_to_grid(
-    x: Tensor, smallest_normal: Tensor, mantissa_bits: int, magnitudes: Tensor | None = None
-) -> Tensor:
+def _round_to_grid(x: Tensor, binades: Tensor, mantissa_bits: int) -> Tensor:
     """Round to nearest, ties to the even code, in a float format of few mantissa bits.
 
     Adding and taking away 1.5 * 2 ** 23 grid steps leaves x at a multiple of the step: the fp32
     adder does the rounding. (Several times faster on a CPU than a cast to float8 and back, and it
-    exists for e2m1 too.) `magnitudes`, |x|, is overwritten if given.
+    exists for e2m1 too.)
+
+    Args:
+        binades: |x|, but at least the format's smallest normal, below which the step stays;
+            overwritten.
     """
-    magnitudes = x.abs() if magnitudes is None else magnitudes
-    # below the format's smallest normal its step stays that of the smallest normal
-    binades = torch.maximum(magnitudes, smallest_normal, out=magnitudes).view(torch.int32)
-    anchors = binades.bitwise_and_(_EXPONENT).add_(((23 - mantissa_bits) << 23) + (1 << 22))
-    return (x + anchors.view(torch.float32)).sub_(anchors.view(torch.float32))
+    bits = binades.view(torch.int32)
+    bits.bitwise_and_(_EXPONENT).add_(((23 - mantissa_bits) << 23) + (1 << 22))
+    return (x + binades).sub_(binades)

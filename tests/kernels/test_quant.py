@@ -207,6 +207,16 @@ def test_the_argument_is_not_written_to() -> None:
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("width", [128, 130])
+def test_strides_do_not_matter(width: int) -> None:
+    wide = _random(5, 3, width + 64)
+    for x in (wide[..., :width], wide[:, :, 1 : width + 1], wide.transpose(0, 1)[..., :width]):
+        assert torch.equal(round_trip_fp8(x, 64), round_trip_fp8(x.contiguous(), 64))
+        assert torch.equal(round_trip_fp4(x), round_trip_fp4(x.contiguous()))
+    x = _random(width, 6).T
+    assert torch.equal(round_trip_fp8(x, 64), round_trip_fp8(x.contiguous(), 64))
+
+
 def test_empty_tensors_pass() -> None:
     assert round_trip_fp8(torch.empty(0, 448), 64).shape == (0, 448)
     assert round_trip_fp4(torch.empty(0, 64, 128)).shape == (0, 64, 128)
