@@ -1,8 +1,8 @@
 """What the transfer endpoints tell their engine threads, as values.
 
-A sender's transfer ends with exactly one of Committed, Refused, Failed (none of them after the engine's own
-abort), and then Closed. A receiver's ends with one of Aborted and Failed (the engine frees what it had granted), or
-with the engine's own commit, refuse or abort.
+A sender's transfer ends with exactly one of Committed, Refused, Failed (none of them after the
+engine's own abort), and then Closed. A receiver's ends with one of Aborted and Failed (the engine
+frees what it had granted), or with the engine's own commit, refuse or abort.
 """
 
 from dataclasses import dataclass
@@ -52,10 +52,14 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The decode will not take this transfer; `field` is the part of the layout digest that differs."""
+    """The decode will not take this transfer; `field` is the part of the layout digest that
+    differs.
+    """
 
     handle: TransferHandle
-    reason: str  # layout_mismatch, old_epoch, protocol_version, full, unknown_request, too_large, draining, superseded
+    # layout_mismatch, old_epoch, protocol_version, full, unknown_request, too_large, draining,
+    # superseded
+    reason: str
     field: str = ""
     detail: str = ""
 
@@ -79,7 +83,9 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """reason: unreachable, peer_lost, stalled, deadline, corrupt, incomplete, protocol, or the peer's own abort reason."""
+    """reason: unreachable, peer_lost, stalled, deadline, corrupt, incomplete, protocol, or the
+    peer's own abort reason.
+    """
 
     handle: TransferHandle
     reason: str
@@ -97,7 +103,9 @@ class ReserveRequested:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Every live row lies in the granted blocks and slot, every hash is right: commit() may follow."""
+    """Every live row lies in the granted blocks and slot, every hash is right: commit() may
+    follow.
+    """
 
     handle: TransferHandle
     manifest: transfer_pb2.Manifest
@@ -109,7 +117,9 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Aborted:
-    """The prefill withdrew. After commit() this means that the commit came too late: drop the request."""
+    """The prefill withdrew. After commit() this means that the commit came too late: drop the
+    request.
+    """
 
     handle: TransferHandle
     reason: str  # finished, cancelled, superseded, deadline, ...

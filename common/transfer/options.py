@@ -10,7 +10,9 @@ KEY_CHARACTERS = 40  # a CURVE key in Z85
 
 @dataclass(frozen=True, slots=True)
 class CurveKeys:
-    """CURVE keys in Z85: our own pair, the decodes' public key, and the public keys a decode lets in."""
+    """CURVE keys in Z85: our own pair, the decodes' public key, and the public keys a decode lets
+    in.
+    """
 
     public: str
     secret: str = field(repr=False)
@@ -18,10 +20,15 @@ class CurveKeys:
     allowed: frozenset[str]
 
     def __post_init__(self) -> None:
-        for name, key in (("public", self.public), ("secret", self.secret), ("server", self.server)):
+        for name, key in (
+            ("public", self.public),
+            ("secret", self.secret),
+            ("server", self.server),
+        ):
             if len(key) != KEY_CHARACTERS:
                 raise ConfigError(
-                    f"transfer.curve.{name} must be a Z85 key of {KEY_CHARACTERS} characters, got {len(key)}"
+                    f"transfer.curve.{name} must be a Z85 key of {KEY_CHARACTERS} characters, "
+                    f"got {len(key)}"
                 )
         for key in self.allowed:
             if len(key) != KEY_CHARACTERS:
@@ -32,9 +39,10 @@ class CurveKeys:
 class TransferOptions:
     """Sizes in bytes, times in seconds.
 
-    `bind` is where a receiver listens: `tcp://HOST:PORT` (`*` is a free port) or, within one process,
-    `inproc://NAME`. `advertise_host` replaces HOST in the address given to peers (needed for 0.0.0.0).
-    `arena_dir` is a directory of shared memory that prefill and decode both see; None leaves the shared tier out.
+    `bind` is where a receiver listens: `tcp://HOST:PORT` (`*` is a free port) or, within one
+    process, `inproc://NAME`. `advertise_host` replaces HOST in the address given to peers (needed
+    for 0.0.0.0). `arena_dir` is a directory of shared memory that prefill and decode both see; None
+    leaves the shared tier out.
     """
 
     bind: str = "tcp://127.0.0.1:*"
@@ -53,19 +61,25 @@ class TransferOptions:
 
     def __post_init__(self) -> None:
         if not self.bind.startswith(("tcp://", "inproc://")):
-            raise ConfigError(f"transfer.bind must be tcp://HOST:PORT or inproc://NAME, got {self.bind!r}")
+            raise ConfigError(
+                f"transfer.bind must be tcp://HOST:PORT or inproc://NAME, got {self.bind!r}"
+            )
         if self.slot_bytes < 4096 or self.slot_bytes % 4096:
-            raise ConfigError(f"transfer.slot_bytes must be a multiple of 4096, got {self.slot_bytes}")
+            raise ConfigError(
+                f"transfer.slot_bytes must be a multiple of 4096, got {self.slot_bytes}"
+            )
         if self.arena_bytes < self.slot_bytes:
             raise ConfigError(
-                f"transfer.arena_bytes must hold a slot of {self.slot_bytes} bytes, got {self.arena_bytes}"
+                f"transfer.arena_bytes must hold a slot of {self.slot_bytes} bytes, "
+                f"got {self.arena_bytes}"
             )
         for name in ("window_slots", "bulk_sockets", "max_transfers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"transfer.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.stall_s < self.decide_s:
             raise ConfigError(
-                f"transfer.stall_s must lie between 0 and decide_s, got {self.stall_s} and {self.decide_s}"
+                f"transfer.stall_s must lie between 0 and decide_s, "
+                f"got {self.stall_s} and {self.decide_s}"
             )
 
     @property

@@ -1,0 +1,667 @@
+"""The prefill's end of the transfer: reserves room, ships pieces as they become final, holds until
+the commit.
+
+The engine thread calls the public methods, none of which waits; everything else, gathering and
+hashing included, runs on the endpoint's own I/O thread.
+"""
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import zmq
+from google.protobuf.message import Message
+
+from scission.common.cache.storage import Bytes, CacheStorage, RowPlace
+from scission.common.errors import TransferError
+from scission.common.transfer.connection import Connection
+from scission.common.transfer.events import (
+    Closed,
+    Committed,
+    Destination,
+    Failed,
+    Granted,
+    Refused,
+    SenderEvent,
+    StateSource,
+    TransferHandle,
+    Waiting,
+)
+from scission.common.transfer.loop import IDLE_S, Loop
+from scission.common.transfer.options import TransferOptions
+from scission.common.transfer.plan import (
+    ChunkRows,
+    Piece,
+    add_piece,
+    check_slot_bytes,
+    final_chunks,
+    piece_chunks,
+)
+from scission.common.transfer.sockets import Context
+from scission.common.transfer.wire import VERSION, Header, Kind, hash_chunk
+from scission.protos import transfer_pb2
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.02  # while transfers are open
+BLOCKED_S = 0.001  # while a chunk waits for a socket or a staging buffer
+CHUNKS_PER_ROUND = 4  # between two looks at the sockets
+
+
+@dataclass(frozen=True, slots=True)
+class _Finish:
+    sequences: list[transfer_pb2.Sequence]
+    first_token_at: float
+    at: float
+
+
+@dataclass(slots=True)
+class _Shipped:
+    """A chunk that went out, as it would go out again."""
+
+    chunk: ChunkRows
+    slot: int
+    hash: int
+    is_done: bool = False  # injected, said the receiver
+
+
+@dataclass(slots=True, eq=False)
+class _Outgoing:
+    """One transfer, on the I/O thread."""
+
+    handle: TransferHandle
+    connection: Connection
+    source: StateSource
+    num_tokens: int
+    num_sequences: int
+    deadline: float
+    reserved_at: float
+    asked_at: float = 0.0  # RESERVE last sent; 0: not yet
+    is_answered: bool = False  # by WAIT or GRANT
+    granted_at: float | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    chunks: deque[ChunkRows] = field(default_factory=deque)
+    credits: deque[int] = field(default_factory=deque)
+    shipped: list[_Shipped] = field(default_factory=list)  # by sequence number
+    in_slot: dict[int, int] = field(
+        default_factory=dict
+    )  # slot -> sequence number it was last filled with
+    reship: deque[int] = field(default_factory=deque)
+    num_undone: int = 0  # chunks shipped and not known to be injected
+    num_bytes: int = 0
+    finish: _Finish | None = None
+    is_final_planned: bool = False
+    manifest: transfer_pb2.Manifest | None = None  # set: sent
+    progress_at: float = 0.0
+    queried_at: float = 0.0
+
+
+class Sender:
+    """One per prefill process and rank; owns its I/O thread. Public methods are for the engine
+    thread.
+    """
+
+    def __init__(
+        self,
+        storage: CacheStorage,
+        layout_digest: Mapping[str, str],
+        worker_id: str,
+        epoch: int,
+        options: TransferOptions,
+        wake: Callable[[], None],
+        *,
+        context: Context | None = None,
+    ) -> None:
+        """
+        Args:
+            wake: called from the I/O thread when `poll` has something; must not block.
+            context: a ZeroMQ context to share with a receiver of this process (needed for inproc
+                addresses).
+        """
+        self._min_slot_bytes = check_slot_bytes(storage.layout, options.slot_bytes)
+        self._storage = storage
+        self._layout = storage.layout
+        self._options = options
+        self._wake = wake
+        self._hello = transfer_pb2.Hello(
+            epoch=epoch,
+            worker_id=worker_id,
+            layout_digest=layout_digest,
+            protocol_version=VERSION,
+            tiers=[transfer_pb2.TIER_MESSAGE]
+            + ([transfer_pb2.TIER_SHARED] if options.arena_dir is not None else []),
+        )
+        self._last_transfer_id = 0
+        self._events: deque[SenderEvent] = deque()
+        self._stats: Counter[str] = Counter()
+        # below: the I/O thread's
+        self._transfers: dict[int, _Outgoing] = {}
+        self._connections: dict[Destination, Connection] = {}
+        self._aborting: dict[
+            int, tuple[Connection, str, float]
+        ] = {}  # until ABORT_ACK: reason, sent at
+        self._turns: deque[int] = deque()  # transfers that may have something to ship
+        self._staging = _Staging(options.slot_bytes, options.window_slots)
+        self._watched_at = 0.0
+        self._pinged_at = 0.0
+        self._loop = Loop(f"transfer-{worker_id}", context)
+        self._loop.start(self._tick, self._close)
+
+    # engine thread
+
+    def reserve(
+        self,
+        request_id: str,
+        attempt: int,
+        destination: Destination,
+        num_tokens: int,
+        num_sequences: int,
+        deadline: float,
+        source: StateSource,
+    ) -> TransferHandle:
+        """Ask the destination for room for a request's state.
+
+        Args:
+            num_tokens: positions whose state will be shipped.
+            deadline: time.monotonic() after which the transfer fails.
+            source: must stay as it is until Closed; its block list may grow.
+        """
+        self._last_transfer_id += 1
+        handle = TransferHandle(self._last_transfer_id, request_id, attempt, destination.worker_id)
+        self._loop.call(
+            partial(self._reserve, handle, destination, num_tokens, num_sequences, deadline, source)
+        )
+        return handle
+
+    def piece_ready(
+        self, handle: TransferHandle, layers: tuple[int, int], tokens: tuple[int, int]
+    ) -> None:
+        """The paged rows of these tokens in these model layers are final; they ship from now on.
+
+        Pieces may come in any order and cut, but every token and layer in exactly one before
+        `finish`.
+        """
+        self._loop.call(partial(self._piece_ready, handle, Piece(layers, tokens)))
+
+    def finish(
+        self,
+        handle: TransferHandle,
+        sequences: list[transfer_pb2.Sequence],
+        first_token_at: float,
+    ) -> None:
+        """Rings and tails are final too: ship them, then the manifest. `first_token_at` is
+        time.monotonic().
+        """
+        finish = _Finish(sequences, first_token_at, time.monotonic())
+        self._loop.call(partial(self._finish, handle, finish))
+
+    def abort(self, handle: TransferHandle, reason: str) -> None:
+        """End the transfer without an outcome event; Closed follows, also for one that has ended
+        already.
+        """
+        self._loop.call(partial(self._abort, handle, reason))
+
+    def poll(self) -> list[SenderEvent]:
+        """What happened since the last call, in order."""
+        events: list[SenderEvent] = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
+
+    def stats(self) -> dict[str, int]:
+        """Running totals: chunks, bytes, reships, aborts, stalls, dropped messages, errors of our
+        own.
+        """
+        return {**self._stats, "errors": self._loop.num_errors}
+
+    def close(self) -> None:
+        """Abort what is open and end the I/O thread."""
+        self._loop.stop()
+
+    # I/O thread: commands
+
+    def _emit(self, event: SenderEvent) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def _reserve(
+        self,
+        handle: TransferHandle,
+        destination: Destination,
+        num_tokens: int,
+        num_sequences: int,
+        deadline: float,
+        source: StateSource,
+    ) -> None:
+        connection = self._connections.get(destination)
+        if connection is None:
+            self._drop_older(destination)
+            try:
+                connection = Connection(
+                    self._loop,
+                    self._options,
+                    self._hello,
+                    destination,
+                    self._min_slot_bytes,
+                    self._on_up,
+                    self._on_message,
+                    self._on_lost,
+                )
+            except TransferError as error:
+                logger.warning("%s: %s", handle.request_id, error)
+                self._emit(Failed(handle, "unreachable"))
+                self._emit(Closed(handle))
+                return
+            self._connections[destination] = connection
+        transfer = _Outgoing(
+            handle,
+            connection,
+            source,
+            num_tokens,
+            num_sequences,
+            deadline,
+            reserved_at=time.monotonic(),
+        )
+        self._transfers[handle.transfer_id] = transfer
+        if connection.is_up:
+            self._ask(transfer, transfer.reserved_at)
+
+    def _ask(self, transfer: _Outgoing, now: float) -> None:
+        """Send RESERVE, again too: the receiver knows its number."""
+        transfer.asked_at = now
+        transfer.connection.send(
+            Kind.RESERVE,
+            transfer.handle.transfer_id,
+            transfer_pb2.Reserve(
+                request_id=transfer.handle.request_id,
+                attempt=transfer.handle.attempt,
+                remaining_ms=max(1, int((transfer.deadline - now) * 1000)),
+                num_tokens=transfer.num_tokens,
+                num_sequences=transfer.num_sequences,
+            ),
+        )
+
+    def _drop_older(self, destination: Destination) -> None:
+        """A worker of another epoch at the same address has taken the place of the one we knew."""
+        for known, connection in list(self._connections.items()):
+            if known.address == destination.address:
+                connection.close()
+                self._on_lost(connection, "peer_lost")
+
+    def _piece_ready(self, handle: TransferHandle, piece: Piece) -> None:
+        transfer = self._transfers.get(handle.transfer_id)
+        if transfer is not None:
+            add_piece(transfer.pieces, piece)
+            self._take_turn(transfer)
+
+    def _finish(self, handle: TransferHandle, finish: _Finish) -> None:
+        transfer = self._transfers.get(handle.transfer_id)
+        if transfer is not None:
+            transfer.finish = finish
+            self._take_turn(transfer)
+
+    def _abort(self, handle: TransferHandle, reason: str) -> None:
+        transfer = self._transfers.get(handle.transfer_id)
+        if transfer is not None:
+            self._stats["aborts"] += 1
+            self._end(transfer, None, abort_reason=reason)
+
+    def _take_turn(self, transfer: _Outgoing) -> None:
+        if transfer.granted_at is not None and transfer.handle.transfer_id not in self._turns:
+            self._turns.append(transfer.handle.transfer_id)
+
+    # I/O thread: messages
+
+    def _on_message(self, connection: Connection, header: Header, body: Message | None) -> None:
+        if header.kind is Kind.REFUSE and header.transfer_id == 0:
+            assert isinstance(body, transfer_pb2.Refuse)
+            self._refused(connection, body)
+            return
+        transfer = self._transfers.get(header.transfer_id)
+        if transfer is not None and transfer.connection is not connection:
+            transfer = None
+        match header.kind:
+            case Kind.ABORT_ACK:
+                aborting = self._aborting.get(header.transfer_id)
+                if aborting is not None and aborting[0] is connection:
+                    del self._aborting[header.transfer_id]
+            case Kind.ABORT:
+                assert isinstance(body, transfer_pb2.Abort)
+                # gathering happens on this thread: by now nothing writes for that transfer any more
+                if transfer is not None:
+                    self._end(transfer, Failed(transfer.handle, body.reason or "aborted"))
+                connection.send(Kind.ABORT_ACK, header.transfer_id)
+            case Kind.COMMIT:
+                if transfer is not None and transfer.manifest is not None:
+                    self._committed(transfer)
+                connection.send(Kind.COMMIT_ACK, header.transfer_id)
+            case _ if transfer is not None:
+                self._on_transfer(transfer, header.kind, body)
+
+    def _on_transfer(self, transfer: _Outgoing, kind: Kind, body: Message | None) -> None:
+        now = time.monotonic()
+        if isinstance(body, transfer_pb2.Grant):
+            transfer.is_answered = True
+            if transfer.granted_at is None:
+                transfer.granted_at = transfer.progress_at = now
+                transfer.credits.extend(body.slots)
+                self._emit(Granted(transfer.handle, now - transfer.reserved_at))
+                self._take_turn(transfer)
+        elif isinstance(body, transfer_pb2.Wait):
+            transfer.is_answered = True
+            self._emit(Waiting(transfer.handle, body.position))
+        elif isinstance(body, transfer_pb2.Refuse):
+            refused = Refused(transfer.handle, body.reason, body.field, body.detail)
+            self._end(transfer, refused)
+        elif isinstance(body, transfer_pb2.Credit) and transfer.granted_at is not None:
+            self._credit(transfer, body, now)
+        elif isinstance(body, transfer_pb2.Reship):
+            known = [n for n in body.sequence_numbers if n < len(transfer.shipped)]
+            transfer.reship.extend(n for n in known if n not in transfer.reship)
+            self._take_turn(transfer)
+
+    def _credit(self, transfer: _Outgoing, credit: transfer_pb2.Credit, now: float) -> None:
+        for sequence in credit.injected:
+            if sequence < len(transfer.shipped) and not transfer.shipped[sequence].is_done:
+                transfer.shipped[sequence].is_done = True
+                transfer.num_undone -= 1
+                transfer.progress_at = now
+        for slot in credit.slots:
+            # a slot is ours to fill once what we put there last is done with; said twice, it counts
+            # once
+            last = transfer.in_slot.get(slot)
+            is_empty = last is None or transfer.shipped[last].is_done
+            if is_empty and slot not in transfer.credits:
+                transfer.credits.append(slot)
+                transfer.progress_at = now
+        self._take_turn(transfer)
+
+    def _committed(self, transfer: _Outgoing) -> None:
+        now = time.monotonic()
+        assert transfer.granted_at is not None and transfer.finish is not None
+        self._end(
+            transfer,
+            Committed(
+                transfer.handle,
+                now - transfer.granted_at,
+                now - transfer.finish.at,
+                transfer.num_bytes,
+            ),
+        )
+
+    def _refused(self, connection: Connection, refuse: transfer_pb2.Refuse) -> None:
+        """The decode refuses the connection, and so every transfer over it."""
+        connection.close()
+        self._forget(connection)
+        for transfer in self._over(connection):
+            refused = Refused(transfer.handle, refuse.reason, refuse.field, refuse.detail)
+            self._end(transfer, refused)
+
+    def _on_up(self, connection: Connection) -> None:
+        now = time.monotonic()
+        for transfer in self._over(connection):
+            self._ask(transfer, now)
+
+    def _on_lost(self, connection: Connection, reason: str) -> None:
+        self._forget(connection)
+        for transfer in self._over(connection):
+            self._end(transfer, Failed(transfer.handle, reason))
+
+    def _forget(self, connection: Connection) -> None:
+        if self._connections.get(connection.destination) is connection:
+            del self._connections[connection.destination]
+        self._stats["dropped_messages"] += connection.num_dropped
+        self._aborting = {k: v for k, v in self._aborting.items() if v[0] is not connection}
+
+    def _over(self, connection: Connection) -> list[_Outgoing]:
+        return [t for t in self._transfers.values() if t.connection is connection]
+
+    def _end(
+        self, transfer: _Outgoing, event: SenderEvent | None, abort_reason: str | None = None
+    ) -> None:
+        """Forget the transfer: from here on its source is not read. With a reason the peer is told
+        until it acknowledges.
+        """
+        transfer_id = transfer.handle.transfer_id
+        del self._transfers[transfer_id]
+        if abort_reason is not None and transfer.asked_at and transfer.connection.is_up:
+            self._send_abort(transfer_id, transfer.connection, abort_reason)
+        if event is not None:
+            self._emit(event)
+        self._emit(Closed(transfer.handle))
+
+    def _send_abort(self, transfer_id: int, connection: Connection, reason: str) -> None:
+        self._aborting[transfer_id] = (connection, reason, time.monotonic())
+        connection.send(Kind.ABORT, transfer_id, transfer_pb2.Abort(reason=reason))
+
+    # I/O thread: shipping
+
+    def _ship(self) -> bool:
+        """Ship a few chunks, turn by turn over the transfers. Returns whether one waits for buffers
+        or sockets.
+        """
+        for _ in range(CHUNKS_PER_ROUND):
+            if not self._turns:
+                return False
+            transfer = self._transfers.get(self._turns[0])
+            if transfer is None:
+                self._turns.popleft()
+                continue
+            step = self._next_chunk(transfer)
+            if step is None:
+                self._turns.popleft()
+                self._send_manifest(transfer)
+                continue
+            if not self._ship_chunk(transfer, *step):
+                return True
+            self._turns.rotate(-1)
+        return False
+
+    def _next_chunk(self, transfer: _Outgoing) -> tuple[int, ChunkRows, int] | None:
+        """(sequence number, rows, slot) of what goes out next; None when nothing can."""
+        if transfer.reship:
+            sequence = transfer.reship[0]
+            shipped = transfer.shipped[sequence]
+            return sequence, shipped.chunk, shipped.slot
+        if not transfer.chunks:
+            self._plan(transfer)
+        if not transfer.chunks or not transfer.credits:
+            return None
+        return len(transfer.shipped), transfer.chunks[0], transfer.credits[0]
+
+    def _plan(self, transfer: _Outgoing) -> None:
+        max_bytes = min(transfer.connection.slot_bytes, self._options.slot_bytes)
+        while transfer.pieces and not transfer.chunks:
+            transfer.chunks.extend(piece_chunks(self._layout, transfer.pieces.pop(0), max_bytes))
+        if not transfer.chunks and transfer.finish is not None and not transfer.is_final_planned:
+            transfer.is_final_planned = True
+            transfer.chunks.extend(final_chunks(self._layout, transfer.num_tokens, max_bytes))
+
+    def _ship_chunk(self, transfer: _Outgoing, sequence: int, chunk: ChunkRows, slot: int) -> bool:
+        """Gather, hash and send one chunk; False when it has to wait."""
+        connection = transfer.connection
+        source = transfer.source
+        place = RowPlace(chunk.component, chunk.layers, chunk.rows, source.block_ids, source.slot)
+        header = Header(
+            Kind.CHUNK,
+            transfer.handle.transfer_id,
+            connection.destination.epoch,
+            chunk.component,
+            chunk.layers,
+            chunk.rows,
+            sequence,
+            slot,
+            chunk.num_bytes,
+        )
+        if connection.arena is not None:
+            rows = connection.arena.slot(slot, chunk.num_bytes)
+            self._storage.read_rows(place, rows)
+            header = replace(header, hash=hash_chunk(header, [rows.data]))
+            is_sent = connection.send_chunk([header.pack()])
+        else:
+            buffer = self._staging.take()
+            if buffer is None:
+                return False
+            rows = buffer[: chunk.num_bytes]
+            self._storage.read_rows(place, rows)
+            header = replace(header, hash=hash_chunk(header, [rows.data]))
+            frame = zmq.Frame(rows, track=True, copy=False)
+            is_sent = connection.send_chunk([header.pack(), frame])
+            self._staging.give(buffer, frame.tracker if is_sent else None)
+        if is_sent:
+            self._record(transfer, sequence, chunk, slot, header.hash)
+        return is_sent
+
+    def _record(
+        self, transfer: _Outgoing, sequence: int, chunk: ChunkRows, slot: int, digest: int
+    ) -> None:
+        now = time.monotonic()
+        self._stats["chunks"] += 1
+        self._stats["bytes"] += chunk.num_bytes
+        if transfer.reship and transfer.reship[0] == sequence:
+            transfer.reship.popleft()
+            transfer.shipped[sequence].hash = digest
+            self._stats["reships"] += 1
+            return
+        transfer.progress_at = now
+        transfer.credits.popleft()
+        transfer.chunks.popleft()
+        transfer.shipped.append(_Shipped(chunk, slot, digest))
+        transfer.in_slot[slot] = sequence
+        transfer.num_undone += 1
+        transfer.num_bytes += chunk.num_bytes
+
+    def _send_manifest(self, transfer: _Outgoing) -> None:
+        """Once everything has gone out: say what everything was."""
+        finish = transfer.finish
+        if finish is None or transfer.manifest is not None or not transfer.is_final_planned:
+            return
+        if transfer.pieces or transfer.chunks or transfer.reship:
+            return
+        expected = self._layout.shipped_bytes(transfer.num_tokens)
+        if transfer.num_bytes != expected:
+            logger.error(
+                "%s: %d bytes of state were declared ready, the layout has %d",
+                transfer.handle.request_id,
+                transfer.num_bytes,
+                expected,
+            )
+            self._end(transfer, Failed(transfer.handle, "incomplete"), abort_reason="incomplete")
+            return
+        now = time.monotonic()
+        transfer.manifest = transfer_pb2.Manifest(
+            num_chunks=len(transfer.shipped),
+            num_bytes=transfer.num_bytes,
+            chunk_hashes=[shipped.hash for shipped in transfer.shipped],
+            sequences=finish.sequences,
+            num_tokens=transfer.num_tokens,
+            first_token_age_s=now - finish.first_token_at,
+        )
+        transfer.progress_at = now
+        transfer.connection.send(Kind.MANIFEST, transfer.handle.transfer_id, transfer.manifest)
+
+    # I/O thread: time
+
+    def _tick(self, now: float) -> float:
+        is_blocked = self._ship()
+        if now - self._watched_at >= TICK_S:
+            self._watched_at = now
+            self._watch_all(now)
+        if is_blocked:
+            return BLOCKED_S
+        if self._turns:
+            return 0.0
+        return TICK_S if self._transfers or self._aborting else IDLE_S
+
+    def _watch_all(self, now: float) -> None:
+        for connection in list(self._connections.values()):
+            connection.tick(now)
+        for transfer in list(self._transfers.values()):
+            if transfer.handle.transfer_id in self._transfers:
+                self._watch(transfer, now)
+        self._repeat_aborts(now)
+        self._ping(now)
+
+    def _watch(self, transfer: _Outgoing, now: float) -> None:
+        handle, connection = transfer.handle, transfer.connection
+        options = self._options
+        if now >= transfer.deadline:
+            self._end(transfer, Failed(handle, "deadline"), abort_reason="deadline")
+            return
+        if not connection.is_up:
+            return  # the connection has a time limit of its own
+        if not transfer.is_answered and now - transfer.asked_at > options.stall_s:
+            self._ask(transfer, now)
+        if now - max(connection.last_heard, transfer.reserved_at) > options.decide_s:
+            self._stall(transfer)
+            return
+        if transfer.granted_at is None or not (transfer.num_undone or transfer.manifest):
+            transfer.progress_at = now
+            return
+        stalled_s = now - transfer.progress_at
+        if stalled_s > options.decide_s:
+            self._stall(transfer)
+        elif stalled_s > options.stall_s and now - transfer.queried_at > options.stall_s:
+            transfer.queried_at = now
+            self._stats["stalls"] += 1
+            if transfer.manifest is not None:
+                connection.send(Kind.MANIFEST, handle.transfer_id, transfer.manifest)
+            connection.send(Kind.PING, handle.transfer_id)
+
+    def _stall(self, transfer: _Outgoing) -> None:
+        logger.warning(
+            "%s: no progress towards %s", transfer.handle.request_id, transfer.handle.peer
+        )
+        self._end(transfer, Failed(transfer.handle, "stalled"), abort_reason="stalled")
+
+    def _repeat_aborts(self, now: float) -> None:
+        for transfer_id, (connection, reason, sent_at) in list(self._aborting.items()):
+            if now - sent_at > self._options.stall_s:
+                self._send_abort(transfer_id, connection, reason)
+
+    def _ping(self, now: float) -> None:
+        """A sign of life on every connection that has something open, which also asks for one."""
+        if now - self._pinged_at < self._options.stall_s / 2:
+            return
+        self._pinged_at = now
+        busy = {id(t.connection): t.connection for t in self._transfers.values()}
+        for connection in busy.values():
+            if connection.is_up:
+                connection.send(Kind.PING, 0)
+
+    def _close(self) -> None:
+        for transfer in list(self._transfers.values()):
+            self._end(transfer, Failed(transfer.handle, "draining"), abort_reason="draining")
+        for connection in self._connections.values():
+            connection.close()
+
+
+class _Staging:
+    """Buffers for rows in message frames; one is free again once ZeroMQ has let go of it."""
+
+    def __init__(self, size: int, count: int) -> None:
+        self._size = size
+        self._room = count  # buffers still to be made
+        self._free: list[Bytes] = []
+        self._lent: deque[tuple[Bytes, zmq.MessageTracker]] = deque()
+
+    def take(self) -> Bytes | None:
+        while self._lent and self._lent[0][1].done:
+            self._free.append(self._lent.popleft()[0])
+        if self._free:
+            return self._free.pop()
+        if self._room:
+            self._room -= 1
+            return np.empty(self._size, np.uint8)
+        return None
+
+    def give(self, buffer: Bytes, tracker: zmq.MessageTracker | None) -> None:
+        """Return a buffer: at once, or when the tracker of the frame over it is done."""
+        if tracker is None:
+            self._free.append(buffer)
+        else:
+            self._lent.append((buffer, tracker))
