@@ -6,7 +6,7 @@ common/settings, in the same words as those of the environment and the file.
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +14,7 @@ import click
 
 from scission.common.config import DecodeConfig, GatewayConfig, PrefillConfig
 from scission.common.errors import ConfigError, ScissionError
+from scission.common.processes import die_with
 from scission.common.settings import Settings, build_config, describe_settings, read_settings
 from scission.common.settings.table import ACCEPTED_SWITCHES, SETTINGS, UNSUPPORTED, Setting
 from scission.common.types import Role
@@ -27,6 +28,7 @@ SECTIONS_SHOWN: dict[str, list[str]] = {
     Role.DECODE: _WORKER,
 }
 
+_NOT_SETTINGS = ("config", "print_config", "parent_pid", "model_argument")
 _EPILOG = (
     "A setting may also stand in the environment (SCISSION_MAX_NUM_SEQS=8) or in the file "
     "of --config (max-num-seqs: 8); a flag wins over both. Settings of the other processes are "
@@ -35,9 +37,16 @@ _EPILOG = (
 
 
 def settings_command(
-    name: str, help: str, run: Callable[[Settings], int], shown: Iterable[str]
+    name: str,
+    help: str,
+    run: Callable[..., int],
+    shown: Iterable[str],
+    extra: Sequence[click.Option] = (),
 ) -> click.Command:
-    """A command that takes every setting and shows, in its help, those of some sections."""
+    """A command that takes every setting and shows, in its help, those of some sections.
+
+    `run` is given the settings and, by name, the values of `extra`; it returns the exit status.
+    """
     sections = set(shown)
     parameters: list[click.Parameter] = [
         click.Argument(["model_argument"], required=False, metavar="[MODEL]")
@@ -60,7 +69,9 @@ def settings_command(
             click.Option([f"--{flag}/--no-{flag}", switch], hidden=True, expose_value=False)
         )
     parameters += [
+        *extra,
         click.Option(["--config"], metavar="FILE", help="YAML file of settings"),
+        click.Option(["--parent-pid"], type=int, hidden=True),
         click.Option(
             ["--print-config"],
             is_flag=True,
@@ -69,11 +80,14 @@ def settings_command(
     ]
 
     def callback(**given: Any) -> None:
+        if given["parent_pid"] is not None:
+            die_with(given["parent_pid"])
+        extras = {str(option.name): given.pop(str(option.name)) for option in extra}
         settings = _read(given)
         if given["print_config"]:
             click.echo(describe_settings(settings))
             return
-        sys.exit(run(settings))
+        sys.exit(run(settings, **extras))
 
     return click.Command(
         name,
@@ -154,7 +168,7 @@ def _read(given: dict[str, Any]) -> Settings:
     flags: dict[str, Any] = {}
     for parameter, value in given.items():
         name, _, alias = parameter.partition("__")
-        if value is None or value == () or name in ("config", "print_config", "model_argument"):
+        if value is None or value == () or name in _NOT_SETTINGS:
             continue
         if alias == "off":
             value = not value

@@ -230,7 +230,7 @@ def _refuse(unsupported: Unsupported, given: Sourced) -> None:
 def _parse(setting: Setting, given: Sourced) -> Sourced:
     value = given.value
     try:
-        if value is None or (value == "none" and setting.default is None):
+        if value is None or (value == "none" and setting.is_optional):
             return Sourced(None if not setting.is_list else (), given.source)
         if setting.is_list:
             if isinstance(value, str):

@@ -92,10 +92,18 @@ class Setting:
     @property
     def type(self) -> Any:
         """The annotation, `| None` removed."""
-        annotation = typing.get_type_hints(SECTIONS[self.section])[self.field]
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-            return next(arg for arg in typing.get_args(annotation) if arg is not type(None))
-        return annotation
+        if self.is_optional:
+            return next(arg for arg in typing.get_args(self._annotation) if arg is not type(None))
+        return self._annotation
+
+    @property
+    def is_optional(self) -> bool:
+        """`none` is a value of it."""
+        return typing.get_origin(self._annotation) in (typing.Union, types.UnionType)
+
+    @property
+    def _annotation(self) -> Any:
+        return typing.get_type_hints(SECTIONS[self.section])[self.field]
 
     @property
     def is_switch(self) -> bool:

@@ -106,6 +106,7 @@ def test_children_read_back_what_the_supervisor_read(model: Path, tmp_path: Path
     environment = {"SCISSION_ENABLE_PREFIX_CACHING": "1", "SCISSION_SERVED_MODEL_NAME": "c"}
     child = read(*settings.to_flags(), environment=environment)
     assert build_config(Role.DECODE, child) == build_config(Role.DECODE, settings)
+    assert child["transfer_arena_dir"] is None
     assert child["served_model_name"] == ("a", "b") and child["max_model_len"] == 4096
 
 
