@@ -33,8 +33,8 @@ LAST_BACKOFF_S = 30.0
 # a child that has lived this long starts its next life without waiting
 SETTLED_S = 60.0
 READY_POLL_S = 0.1
-# beyond the drain's own limit, for what a process does around it
-EXIT_GRACE_S = 5.0
+# beyond the drain's own limit: what a process does around it, stopping its engine included
+EXIT_GRACE_S = 15.0
 INTERRUPTED_STATUS = 130
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
@@ -172,7 +171,7 @@ async def test_a_child_that_will_not_stop_is_killed(
     assert status == 0
 
 
-def test_no_child_outlives_its_supervisor(tmp_path: Path) -> None:
+def test_no_child_outlives_its_supervisor() -> None:
     child = (
         "import os, sys, time\n"
         "from scission.common.processes import die_with\n"
@@ -190,11 +189,10 @@ def test_no_child_outlives_its_supervisor(tmp_path: Path) -> None:
         [sys.executable, "-c", parent, child], env=environment, stdout=subprocess.PIPE, text=True
     ) as supervisor:
         assert supervisor.stdout is not None
-        pid = int(supervisor.stdout.readline())
+        assert supervisor.stdout.readline().strip().isdecimal()
         supervisor.kill()
         # the pipe ends when its last holder, the child, has gone
         assert supervisor.stdout.read() == ""
-    assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
 
 
 def test_an_orphan_does_not_start() -> None:
