@@ -1,0 +1,92 @@
+"""The decode process: `python -m scission.services.decode` or `scission decode`."""
+
+import logging
+import time
+from dataclasses import replace
+from functools import partial
+
+from scission.common.cache.storage import CacheStorage
+from scission.common.command_line import run_main
+from scission.common.config import DecodeConfig
+from scission.common.device import open_device
+from scission.common.log import set_up_logging
+from scission.common.model.load import load_model
+from scission.common.runner import Runner, plan_cache
+from scission.common.transfer.receiver import Receiver
+from scission.common.types import Role
+from scission.common.worker import EngineContext, run_worker
+from scission.services.decode.engine import DecodeEngine
+from scission.services.decode.meters import DecodeMeters
+from scission.services.decode.request import ModelFacts
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: DecodeConfig) -> int:
+    """One decode process, until a signal or a failure; returns its exit status."""
+    set_up_logging(config.log, Role.DECODE)
+    return run_worker(Role.DECODE, config, partial(build_engine, config))
+
+
+def build_engine(config: DecodeConfig, context: EngineContext) -> DecodeEngine:
+    """Load the model, allocate its state, open the transfer's end, compute once for warmth."""
+    meters = DecodeMeters(context.metrics)
+    started_at = time.monotonic()
+    device = open_device(config.model)
+    loaded = load_model(config.model, device, config.cache.block_size)
+    meters.engine.start_up("load").set(time.monotonic() - started_at)
+
+    size = plan_cache(
+        loaded.layout,
+        config.cache,
+        num_requests=config.scheduler.max_num_seqs,
+        has_prefix_cache=False,
+        device=device,
+    )
+    storage = CacheStorage(loaded.layout, size.num_blocks, size.num_slots, device)
+    runner = Runner(loaded.model, storage)
+    warming_at = time.monotonic()
+    runner.warm_up(num_tokens=1)
+    meters.engine.start_up("warm_up").set(time.monotonic() - warming_at)
+
+    receiver = Receiver(
+        storage,
+        loaded.digest,
+        context.worker_id,
+        context.epoch,
+        replace(
+            config.transfer,
+            advertise_host=config.transfer.advertise_host or context.advertise_host,
+        ),
+        context.inbox.wake,
+    )
+    facts = ModelFacts(
+        vocab_size=loaded.vocab_size,
+        max_model_len=loaded.max_model_len,
+        eos_token_ids=loaded.eos_token_ids,
+        layout_digest=loaded.digest,
+    )
+    logger.info(
+        "model loaded",
+        extra={
+            "model": loaded.name,
+            "device": str(device),
+            "num_blocks": size.num_blocks,
+            "block_bytes": loaded.layout.block_bytes,
+            "seconds": round(time.monotonic() - started_at, 3),
+        },
+    )
+    return DecodeEngine(
+        runner,
+        facts,
+        receiver,
+        context.inbox,
+        context.streams,
+        config.scheduler,
+        meters,
+        beat_s=config.discovery.beat_s,
+    )
+
+
+if __name__ == "__main__":
+    run_main(Role.DECODE, run)
