@@ -8,13 +8,13 @@ shape, never from the config, and never from the ratio of the two shapes.
 
 import logging
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from scission.common.checkpoint.matrix import Matrix, MatrixKind, Shard, StoredFormat
 from scission.common.checkpoint.progress import LoadProgress
 from scission.common.checkpoint.source import (
     SAFETENSORS_DTYPES,
@@ -23,83 +23,26 @@ from scission.common.checkpoint.source import (
     natural_key,
 )
 from scission.common.errors import CheckpointError
-from scission.kernels.quant import (
-    FP4_GROUP,
-    FP4_MAX,
-    FP8_BLOCK,
-    FP8_MAX,
-    dequantize_block_fp8,
-    dequantize_group_fp4,
-    scale_values,
-)
+from scission.kernels.quant import FP4_GROUP, FP4_MAX, FP8_MAX, scale_values
+
+__all__ = ["Ledger", "Matrix", "MatrixKind", "Shard", "Weights", "load_model"]
 
 logger = logging.getLogger(__name__)
 
 Built = TypeVar("Built")
-MatrixKind = Literal["plain", "fp8_block", "fp4_group"]
 
-_PLAIN_DTYPES = ("BF16", "F32", "F16")
+# by the dtype of its codes
+_KINDS: Mapping[str, MatrixKind] = {
+    "BF16": "plain",
+    "F16": "plain",
+    "F32": "plain",
+    "F8_E4M3": "fp8_block",
+    "I8": "fp4_group",
+}
+_SUFFIXES = ("", ".weight", ".scale")
 _SCALE_DTYPES = ("F8_E8M0", "F32", "BF16")
 # what any trained or sensibly random matrix stays within; codes without their scales do not
 _SANE_LARGEST = (2.0**-40, 2.0**14)
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One rank's part of a dimension: contiguous, `count` equal parts of whole units of `align`.
-
-    The last part may be shorter, and trailing ranks may hold nothing where there are fewer units
-    than ranks; an empty matrix multiplies to zeros, as it must.
-    """
-
-    dim: int
-    index: int
-    count: int
-    align: int = 1
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.index < self.count and self.align > 0 and self.dim >= 0, self
-
-    def bounds(self, size: int) -> tuple[int, int]:
-        """[start, stop) of this rank's part of a dimension of `size`."""
-        num_units = -(-size // self.align)
-        units_each = -(-num_units // self.count)
-        start = min(self.index * units_each * self.align, size)
-        return start, min((self.index + 1) * units_each * self.align, size)
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A weight [.., out, in] in its stored format, with its scales; a leading dim counts experts.
-
-    fp8_block: codes [.., out, in] float8_e4m3fn, one scale per 128 x 128 block of the WHOLE matrix;
-    `offset` is where codes[0, 0] lies in the first block held. fp4_group: codes [.., out, in / 2]
-    int8, scales [.., out, in / 32]. ue8m0 scales are their bytes (uint8). plain: codes are the
-    values.
-    """
-
-    kind: MatrixKind
-    codes: Tensor
-    scales: Tensor | None
-    out_features: int
-    in_features: int
-    offset: tuple[int, int] = (0, 0)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.codes.nbytes + (self.scales.nbytes if self.scales is not None else 0)
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The values, [.., out, in] of `dtype` (exact in bfloat16 and float32)."""
-        match self.kind:
-            case "plain":
-                return self.codes.to(dtype)
-            case "fp8_block":
-                assert self.scales is not None
-                return dequantize_block_fp8(self.codes, self.scales, self.offset).to(dtype)
-            case "fp4_group":
-                assert self.scales is not None
-                return dequantize_group_fp4(self.codes, self.scales).to(dtype)
 
 
 class Ledger:
@@ -156,9 +99,11 @@ class Weights:
             CheckpointError: missing, taken before, or of another shape or dtype.
         """
         wanted = tuple(shape)
-        if not self._take(name, wanted, (SAFETENSORS_DTYPES[dtype],)):
-            return torch.empty(_cut(wanted, shard), dtype=dtype, device=self.device)
-        return self._read(name, _part(wanted, shard))
+        word = SAFETENSORS_DTYPES[dtype]
+        self._take(name, wanted, (word,))
+        tensor = self._stack([name], "", _part(wanted, shard), word)[0]
+        self._count([name], tensor.nbytes)
+        return tensor
 
     def matrix(
         self, name: str, out_features: int, in_features: int, shard: Shard | None = None
@@ -184,12 +129,10 @@ class Weights:
         in_features: int,
         shard: Shard | None = None,
     ) -> Matrix:
-        """Take the same matrix of every expert, stacked [experts, out, in]; all must have one
-        format.
+        """Take the same matrix of every expert, stacked [experts, out, in]; all of one format.
 
         `shard` cuts the stack: dim 0 whole experts, dim 1 outputs, dim 2 inputs. Pass the names of
-        ALL
-        experts: those of other ranks are checked and counted as taken, but not read.
+        ALL experts: those of other ranks are checked and counted as taken, but not read.
         """
         return self._matrices(names, (len(names), out_features, in_features), shard, stacked=True)
 
@@ -222,88 +165,69 @@ class Weights:
     ) -> Matrix:
         """`shape` is [out, in], or [experts, out, in] when stacked."""
         formats = [self._take_matrix(name, shape[-2:]) for name in names]
-        kind, dtype, scale_dtype = next((f for f in formats if f is not None), _MISSING)
+        stored = next(
+            (found for found in formats if found is not None), StoredFormat("plain", "BF16")
+        )
         for name, found in zip(names, formats, strict=True):
-            if found is not None and found != (kind, dtype, scale_dtype):
+            if found not in (stored, None):
                 self._ledger.problem(
-                    "experts of one layer must have one format: "
-                    f"{self._prefix}{names[0]} is {kind} ({dtype}, scales {scale_dtype}), "
-                    f"{self._prefix}{name} is {found[0]} ({found[1]}, scales {found[2]})"
+                    f"experts of one layer must have one format: {self._prefix}{names[0]} is "
+                    f"{stored}, {self._prefix}{name} is {found}"
                 )
         part = _part(shape, shard)
         rows, columns = part[-2:]
+        if not stored.can_cut(columns):
+            raise CheckpointError(
+                f"{self._prefix}{names[0]}: FP4 inputs are cut at multiples of {FP4_GROUP}, "
+                f"not at {columns.start} and {columns.stop}"
+            )
         mine = names[part[0]] if stacked else names
-        leading = (len(mine),) if stacked else ()
-        local = (rows.stop - rows.start, columns.stop - columns.start)
-        code_part: tuple[slice, ...] = (rows, columns)
-        scale_part: tuple[slice, ...] | None = None
-        offset = (0, 0)
-        if kind == "fp8_block":
-            scale_part = (_blocks(rows), _blocks(columns))
-            offset = (rows.start % FP8_BLOCK, columns.start % FP8_BLOCK)
-        elif kind == "fp4_group":
-            if columns.start % FP4_GROUP or (local[1] and columns.stop % FP4_GROUP):
-                raise CheckpointError(
-                    f"{self._prefix}{names[0]}: FP4 inputs are cut at multiples of {FP4_GROUP}, "
-                    f"not at {columns.start} and {columns.stop}"
-                )
-            code_part = (rows, slice(columns.start // 2, columns.stop // 2))
-            scale_part = (rows, slice(columns.start // FP4_GROUP, columns.stop // FP4_GROUP))
-        codes = self._allocate(leading, code_part, dtype)
-        scales = self._allocate(leading, scale_part, scale_dtype) if scale_part else None
-        if all(found is not None for found in formats):
-            for i, name in enumerate(mine):
-                self._fill(name + ".weight", code_part, codes[i] if stacked else codes)
-                if scales is not None and scale_part is not None:
-                    self._fill(name + ".scale", scale_part, scales[i] if stacked else scales)
-            self._count(names)
-        if scales is not None and scales.dtype == torch.float8_e8m0fnu:
-            scales = scales.view(torch.uint8)
-        matrix = Matrix(kind, codes, scales, local[0], local[1], offset)
+        code_part, scale_part = stored.code_part(rows, columns), stored.scale_part(rows, columns)
+        codes = self._stack(mine, ".weight", code_part, stored.dtype)
+        scales: Tensor | None = None
+        if stored.scale_dtype is not None:
+            scales = self._stack(mine, ".scale", scale_part, stored.scale_dtype)
+            if scales.dtype == torch.float8_e8m0fnu:
+                scales = scales.view(torch.uint8)
+        if not stacked:
+            codes, scales = codes[0], scales[0] if scales is not None else None
+        self._count(names, codes.nbytes + (scales.nbytes if scales is not None else 0))
+        offset = stored.offset(rows, columns)
+        out_features, in_features = rows.stop - rows.start, columns.stop - columns.start
+        matrix = Matrix(stored.kind, codes, scales, out_features, in_features, offset)
         self._check_magnitude(names[0], matrix)
         return matrix
 
-    def _take_matrix(self, name: str, shape: tuple[int, ...]) -> "_Format | None":
-        """Take a matrix's tensors; (kind, code dtype, scale dtype), or None after a problem."""
+    def _take_matrix(self, name: str, shape: tuple[int, ...]) -> StoredFormat | None:
+        """Enter a matrix's tensors into the ledger; its format, or None after a problem."""
         tensors = self._ledger.source.tensors
         whole = f"{self._prefix}{name}"
         weight, scale = tensors.get(f"{whole}.weight"), tensors.get(f"{whole}.scale")
         if weight is None:
             self._ledger.problem(f"tensor {whole}.weight is missing")
-            if scale is not None:
-                self._ledger.taken.add(f"{whole}.scale")
+            self._ledger.taken.add(f"{whole}.scale")
             return None
-        out_features, in_features = shape
-        scale_shape: tuple[int, ...] | None = None
-        kind: MatrixKind
-        if weight.dtype in _PLAIN_DTYPES:
-            kind, code_shape = "plain", (out_features, in_features)
-        elif weight.dtype == "F8_E4M3":
-            kind, code_shape = "fp8_block", (out_features, in_features)
-            scale_shape = (-(-out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK))
-        elif weight.dtype == "I8" and in_features % FP4_GROUP == 0:
-            kind, code_shape = "fp4_group", (out_features, in_features // 2)
-            scale_shape = (out_features, in_features // FP4_GROUP)
-        else:
-            self._ledger.taken.update({f"{whole}.weight", f"{whole}.scale"} & tensors.keys())
+        kind = _KINDS.get(weight.dtype)
+        if kind is None or (kind == "fp4_group" and shape[1] % FP4_GROUP):
+            self._ledger.taken |= {f"{whole}.weight", f"{whole}.scale"}
             self._ledger.problem(
-                f"matrix {whole} [{out_features}, {in_features}] is {weight.dtype} "
-                f"{list(weight.shape)}; known are BF16, F16 and F32 without scale, F8_E4M3 with "
-                "one scale per 128 x 128 block, and I8 (packed FP4) with one per 32 inputs"
+                f"matrix {whole} {list(shape)} is {weight.dtype} {list(weight.shape)}; known are "
+                "BF16, F16 and F32 without scale, F8_E4M3 with one scale per 128 x 128 block, and "
+                "I8 (packed FP4) with one per 32 inputs"
             )
             return None
-        ok = self._take(f"{name}.weight", code_shape, (weight.dtype,))
+        stored = StoredFormat(kind, weight.dtype, scale.dtype if scale is not None else None)
+        is_right = self._take(f"{name}.weight", stored.code_shape(*shape), (weight.dtype,))
+        scale_shape = stored.scale_shape(*shape)
         if scale_shape is not None:
-            ok = self._take(f"{name}.scale", scale_shape, _SCALE_DTYPES) and ok
+            is_right &= self._take(f"{name}.scale", scale_shape, _SCALE_DTYPES)
         elif scale is not None:
+            is_right = False
             self._ledger.taken.add(f"{whole}.scale")
             self._ledger.problem(
                 f"matrix {whole} is plain {weight.dtype} but has a scale {list(scale.shape)}"
             )
-            ok = False
-        if not ok:
-            return None
-        return kind, weight.dtype, scale.dtype if scale is not None else ""
+        return stored if is_right else None
 
     def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> bool:
         """Enter one tensor into the ledger; False (or an error) where it is not as wanted."""
@@ -322,32 +246,28 @@ class Weights:
             return False
         return True
 
-    def _read(self, name: str, part: tuple[slice, ...]) -> Tensor:
-        whole = self._prefix + name
-        tensor = self._allocate((), part, self._ledger.source.tensors[whole].dtype)
-        self._fill(name, part, tensor)
-        if self._ledger.progress is not None:
-            on_disk = self._ledger.source.tensors[whole].num_bytes
-            self._ledger.progress.add(on_disk, tensor.nbytes)
-        return tensor
-
-    def _allocate(self, leading: tuple[int, ...], part: tuple[slice, ...], dtype: str) -> Tensor:
-        shape = (*leading, *(cut.stop - cut.start for cut in part))
-        return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=self.device)
-
-    def _fill(self, name: str, part: tuple[slice, ...], out: Tensor) -> None:
+    def _stack(
+        self,
+        names: Sequence[str],
+        suffix: str,
+        part: tuple[slice, ...],
+        dtype: str,
+    ) -> Tensor:
+        """The same part of several tensors that were taken, [names, ..part]."""
+        shape = (len(names), *(cut.stop - cut.start for cut in part))
+        stack = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=self.device)
         if not self._ledger.is_dry:
-            self._ledger.source.read(self._prefix + name, part, out)
+            for name, out in zip(names, stack, strict=True):
+                self._ledger.source.read(self._prefix + name + suffix, part, out)
+        return stack
 
-    def _count(self, names: Sequence[str]) -> None:
-        progress = self._ledger.progress
-        if progress is None:
-            return
-        for name in names:
-            for suffix in (".weight", ".scale"):
-                tensor = self._ledger.source.tensors.get(self._prefix + name + suffix)
-                if tensor is not None:
-                    progress.add(tensor.num_bytes, tensor.num_bytes)
+    def _count(self, names: Sequence[str], copied_bytes: int) -> None:
+        """Tell the progress bar that these tensors (or matrices) are done."""
+        if self._ledger.progress is not None:
+            tensors = self._ledger.source.tensors
+            whole = [self._prefix + name for name in names]
+            found = [n + suffix for n in whole for suffix in _SUFFIXES if n + suffix in tensors]
+            self._ledger.progress.add(sum(tensors[n].num_bytes for n in found), copied_bytes)
 
     def _check_magnitude(self, name: str, matrix: Matrix) -> None:
         """Non-zero is not correct: the largest value that the scales allow must be a weight's."""
@@ -362,10 +282,6 @@ class Weights:
                 f"matrix {self._prefix}{name}: its scales allow magnitudes up to {largest:g}, "
                 f"outside [{low:g}, {high:g}]: the scales are broken"
             )
-
-
-_Format = tuple[MatrixKind, str, str]
-_MISSING: _Format = ("plain", "BF16", "")
 
 
 def load_model(
@@ -399,17 +315,6 @@ def _part(shape: tuple[int, ...], shard: Shard | None) -> tuple[slice, ...]:
     if shard is not None:
         part[shard.dim] = slice(*shard.bounds(shape[shard.dim]))
     return tuple(part)
-
-
-def _cut(shape: tuple[int, ...], shard: Shard | None) -> tuple[int, ...]:
-    return tuple(part.stop - part.start for part in _part(shape, shard))
-
-
-def _blocks(part: slice) -> slice:
-    """The scale blocks that a cut of a blocked dimension touches; none for an empty cut."""
-    if part.start == part.stop:
-        return slice(0, 0)
-    return slice(part.start // FP8_BLOCK, -(-part.stop // FP8_BLOCK))
 
 
 def _listed(items: Sequence[str], separator: str = ", ", limit: int = 20) -> str:
