@@ -204,7 +204,7 @@ class Attention:
         self._eps = eps
         self._head_dim = head_dim
         self._rope_dim = config.qk_rope_head_dim
-        self._q_kv_split = (q_lora, head_dim)
+        self._q_kv_split = [q_lora, head_dim]
         self._wq_a_wkv = Linear(
             [w.matrix("wq_a", q_lora, d), w.matrix("wkv", head_dim, d)], numerics
         )

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scission.kernels.norm.reference import inverse_rms
+
 if TYPE_CHECKING:
     from scission.kernels.hyper_connections import HyperConnection
 
@@ -17,13 +19,12 @@ def hc_pre(streams: Tensor, connection: HyperConnection) -> tuple[Tensor, Tensor
     n = streams.shape[1]
     h = streams.float()
     coefficients = _coefficients(h, connection)
-    gates = coefficients[:, : 2 * n].sigmoid()
-    pre = gates[:, :n] + connection.eps  # 3
-    post = gates[:, n:] * 2.0  # 4
+    offset, factor = _gate_constants(n, connection.eps, streams.device)
+    gates = torch.addcmul(offset, coefficients[:, : 2 * n].sigmoid(), factor)  # 3, 4
     comb = coefficients[:, 2 * n :].view(-1, n, n).softmax(-1).add_(connection.eps)  # 5
     comb = _sinkhorn(comb.view(-1, n * n), n, connection.eps, connection.num_iterations)
-    x = torch.bmm(pre.unsqueeze(1), h).squeeze(1)  # 7
-    return x.to(streams.dtype), post, comb.view(-1, n, n)
+    x = torch.bmm(gates[:, :n].unsqueeze(1), h).squeeze(1)  # 7
+    return x.to(streams.dtype), gates[:, n:], comb.view(-1, n, n)
 
 
 def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def hc_head(streams: Tensor, connection: HyperConnection) -> Tensor:
 
 def _coefficients(h: Tensor, connection: HyperConnection) -> Tensor:
     v = h.flatten(1)  # 1: stream-major
-    m = F.linear(F.rms_norm(v, v.shape[-1:], None, connection.norm_eps), connection.fn)  # 2
+    m = F.linear(v, connection.fn).mul_(inverse_rms(v, connection.norm_eps))  # 2
     return torch.addcmul(connection.base, m, connection.scale)
 
 
@@ -57,6 +58,13 @@ def _sinkhorn(comb: Tensor, n: int, eps: float, num_iterations: int) -> Tensor:
         comb.div_(torch.addmm(eps_row, comb, sum_rows, out=sums))
         comb.div_(torch.addmm(eps_row, comb, sum_columns, out=sums))
     return comb
+
+
+@functools.cache
+def _gate_constants(n: int, eps: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """pre = sigmoid + eps and post = 2 sigmoid, side by side: offsets and factors, [2 * n]."""
+    zeros, ones = torch.zeros(n, device=device), torch.ones(n, device=device)
+    return torch.cat([zeros + eps, zeros]), torch.cat([ones, ones * 2])
 
 
 @functools.cache

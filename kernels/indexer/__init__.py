@@ -9,7 +9,7 @@ __all__ = ["hadamard", "pick_rows", "score_entries"]
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Walsh-Hadamard transform of the last dim n, a power of two: natural order, times n ** -0.5."""
+    """Walsh-Hadamard transform of the last dim n, a power of two: natural order, by n ** -0.5."""
     n = x.shape[-1]
     if n & (n - 1):
         raise ValueError(f"the Hadamard transform needs a power of two, got {n}")

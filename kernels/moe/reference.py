@@ -6,9 +6,6 @@ from torch import Tensor
 
 from scission.kernels.quant import round_trip_fp8
 
-# weights of (token, expert) pairs that are gathered rather than looped over: 4 MiB in fp32
-_GATHERED_ELEMENTS = 1 << 20
-
 
 def route(logits: Tensor, bias: Tensor, top_k: int, scaling: float) -> tuple[Tensor, Tensor]:
     scores = F.softplus(logits).sqrt_()
@@ -30,31 +27,31 @@ def run_experts(
     round_block: int | None,
 ) -> Tensor:
     num_tokens, k = experts.shape
-    if experts.numel() * (w13[0].numel() + w2[0].numel()) <= _GATHERED_ELEMENTS:
-        chosen = experts.flatten()
-        # [num_tokens * k, ..., 1]
-        inputs = x.repeat_interleave(k, dim=0).unsqueeze(-1)
-        inner = torch.bmm(w13.index_select(0, chosen), inputs).squeeze(-1)
-        inner = _activate(inner, weights.view(-1, 1), limit, round_block)
-        outputs = torch.bmm(w2.index_select(0, chosen), inner.unsqueeze(-1))
-        return outputs.view(num_tokens, k, -1).float().sum(1)
+    active, counts, order = _group(experts)
+    inputs = [x] * k
+    if order is not None:
+        inputs = list(torch.split(x.index_select(0, order // k), counts))
+        weights = weights.flatten().index_select(0, order)
+    # a product an expert: a batched one of few rows is several times slower on a CPU
+    inner = torch.cat([F.linear(part, w13[e]) for e, part in zip(active, inputs, strict=True)])
+    inner = _activate(inner, weights.view(-1, 1), limit, round_block)
+    parts = torch.split(inner, counts)
+    outputs = torch.cat([F.linear(part, w2[e]) for e, part in zip(active, parts, strict=True)])
+    if order is not None:
+        outputs = torch.empty_like(outputs).index_copy_(0, order, outputs)
+    return outputs.view(num_tokens, k, -1).sum(1, dtype=torch.float32)
 
-    # pairs in order of expert: each active expert takes its tokens at once
-    order = experts.flatten().argsort(stable=True)
-    tokens = order // k
-    counts = torch.bincount(experts.flatten(), minlength=w13.shape[0]).tolist()
-    pair_weights = weights.flatten()[order].unsqueeze(1)
-    inputs = x.index_select(0, tokens)
-    out = torch.zeros(num_tokens, x.shape[1], dtype=torch.float32, device=x.device)
-    first = 0
-    for expert, count in enumerate(counts):
-        if count:
-            part = slice(first, first + count)
-            inner = F.linear(inputs[part], w13[expert])
-            inner = _activate(inner, pair_weights[part], limit, round_block)
-            out.index_add_(0, tokens[part], F.linear(inner, w2[expert]).float())
-            first += count
-    return out
+
+def _group(experts: Tensor) -> tuple[list[int], list[int], Tensor | None]:
+    """The active experts, how many (token, expert) pairs each has, and the pairs' order by expert.
+
+    None: in the order given. Waits for the device.
+    """
+    flat = experts.flatten()
+    if experts.shape[0] == 1:
+        return flat.tolist(), [1] * flat.shape[0], None
+    counts = {expert: count for expert, count in enumerate(flat.bincount().tolist()) if count}
+    return list(counts), list(counts.values()), flat.argsort(stable=True)
 
 
 def _activate(inner: Tensor, weights: Tensor, limit: float, round_block: int | None) -> Tensor:
