@@ -16,11 +16,12 @@ from pathlib import Path
 
 import tokenizers
 
-from scission.common.errors import CapacityError, CheckpointError
+from scission.common.errors import CapacityError, CheckpointError, ContextLengthError
 
 # Encoding costs about 0.1 us a character on the event loop; above this it goes to a thread, which
 # releases the GIL.
 INLINE_ENCODE_CHARS = 4096
+SHRINKING = 4
 
 
 @lru_cache(maxsize=1)
@@ -63,6 +64,7 @@ class Tokenizer:
             i for i, token in added.items() if token.special
         )
         self._token_bytes = self._make_token_bytes()
+        self.longest_token_bytes = max(map(len, self._token_bytes), default=0)
         self.eos_id = None if eos_token is None else self.id_of(eos_token)
         self.bos_id = None if bos_token is None else self.id_of(bos_token)
 
@@ -186,8 +188,24 @@ class TextEncoder:
         self._max_waiting = max_waiting
         self._num_waiting = 0
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Raises CapacityError when too many long texts wait already."""
+    async def encode(
+        self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None
+    ) -> list[int]:
+        """The token ids of the whole text.
+
+        Raises:
+            ContextLengthError: without tokenising it, the text is sure to be far over `max_tokens`.
+            CapacityError: too many long texts wait already.
+        """
+        if max_tokens is not None:
+            # normalisation may shorten a text, though never by as much
+            fewest = len(text) // (SHRINKING * self._tokenizer.longest_token_bytes)
+            if fewest > max_tokens:
+                raise ContextLengthError(
+                    f"This model's maximum context length is {max_tokens} tokens. However, your "
+                    f"prompt has {len(text)} characters, which are at least {fewest} tokens.",
+                    param="prompt",
+                )
         if len(text) <= INLINE_ENCODE_CHARS:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if self._num_waiting >= self._max_waiting:

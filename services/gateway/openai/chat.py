@@ -36,6 +36,7 @@ from scission.services.gateway.openai.sampling import (
     build_request,
     check_body,
     check_logprobs,
+    prompt_limit,
     text_options,
 )
 from scission.services.gateway.openai.schemas import ChatBody
@@ -125,7 +126,9 @@ class ChatJob:
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         rendered = context.chat_format.render(read_conversation(body))
-        token_ids = await context.encoder.encode(rendered.prompt, add_special_tokens=False)
+        token_ids = await context.encoder.encode(
+            rendered.prompt, add_special_tokens=False, max_tokens=prompt_limit(body, context)
+        )
         wishes = Wishes(
             max_tokens=body.max_tokens
             if body.max_completion_tokens is None

@@ -32,6 +32,7 @@ from scission.services.gateway.openai.sampling import (
     check_body,
     check_logprobs,
     check_token_ids,
+    prompt_limit,
     text_options,
 )
 from scission.services.gateway.openai.schemas import CompletionBody
@@ -122,7 +123,9 @@ class CompletionJob:
         for index, prompt in enumerate(_prompt_list(body, context)):
             if isinstance(prompt, str):
                 token_ids = await context.encoder.encode(
-                    prompt, add_special_tokens=body.add_special_tokens is not False
+                    prompt,
+                    add_special_tokens=body.add_special_tokens is not False,
+                    max_tokens=prompt_limit(body, context),
                 )
             else:
                 check_token_ids("prompt", prompt, context.model.vocab_size)

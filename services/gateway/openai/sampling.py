@@ -62,6 +62,11 @@ def check_token_ids(name: str, token_ids: list[int], vocab_size: int) -> None:
         )
 
 
+def prompt_limit(body: GenerationBody, context: ServingContext) -> int | None:
+    """Most tokens that a prompt may have before it is truncated; None: any number."""
+    return None if body.truncate_prompt_tokens is not None else context.model.max_model_len
+
+
 def build_request(
     body: GenerationBody,
     wishes: Wishes,

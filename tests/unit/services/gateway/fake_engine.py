@@ -36,7 +36,7 @@ TOKENIZER = make_tokenizer()
 EOS_ID = TOKENIZER.eos_id
 assert EOS_ID is not None
 VOCAB_SIZE = TOKENIZER.num_tokens + 3  # padded, as real ones are
-MAX_MODEL_LEN = 200
+MAX_MODEL_LEN = 1000
 MODEL = "scission/tiny-v4"
 
 
