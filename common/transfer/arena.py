@@ -13,7 +13,7 @@ import mmap
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +35,15 @@ class SlotState(enum.Enum):
 
 class SlotTable:
     """Every slot in exactly one state; the last one freed is handed out first, while it is warm in
-    the caches.
+    the caches. One thread changes it, any may ask for the counts.
     """
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self._free = list(reversed(range(num_slots)))
         self._held: dict[object, dict[int, SlotState]] = {}
+        self._num_in = dict.fromkeys(SlotState, 0)
+        self._publish()
 
     @property
     def num_free(self) -> int:
@@ -53,6 +55,8 @@ class SlotTable:
             return None
         slot = self._free.pop()
         self._held.setdefault(owner, {})[slot] = SlotState.GRANTED
+        self._num_in[SlotState.GRANTED] += 1
+        self._publish()
         return slot
 
     def state(self, owner: object, slot: int) -> SlotState | None:
@@ -60,9 +64,13 @@ class SlotTable:
         return self._held.get(owner, {}).get(slot)
 
     def mark(self, owner: object, slot: int, state: SlotState) -> None:
+        """Move one of the owner's slots to another of the states it may hold."""
+        assert state is not SlotState.FREE
         held = self._held[owner]
-        assert slot in held and state is not SlotState.FREE
+        self._num_in[held[slot]] -= 1
+        self._num_in[state] += 1
         held[slot] = state
+        self._publish()
 
     def granted(self, owner: object) -> list[int]:
         return [s for s, state in self._held.get(owner, {}).items() if state is SlotState.GRANTED]
@@ -70,34 +78,40 @@ class SlotTable:
     def num_held(self, owner: object) -> int:
         return len(self._held.get(owner, ()))
 
-    def free(self, owner: object, slot: int) -> None:
-        held = self._held[owner]
-        del held[slot]
+    def free(self, owner: object, slots: Iterable[int]) -> None:
+        """Take slots from their owner."""
+        held = self._held.get(owner, {})
+        for slot in slots:
+            self._num_in[held.pop(slot)] -= 1
+            self._free.append(slot)
         if not held:
-            del self._held[owner]
-        self._free.append(slot)
-
-    def free_granted(self, owner: object) -> None:
-        for slot in self.granted(owner):
-            self.free(owner, slot)
+            self._held.pop(owner, None)
+        self._publish()
 
     def free_all(self, owner: object) -> None:
-        self._free.extend(self._held.pop(owner, ()))
+        self.free(owner, list(self._held.get(owner, ())))
 
     def quarantine(self, owner: object) -> None:
-        held = self._held.get(owner)
-        if held:
-            self._held[owner] = dict.fromkeys(held, SlotState.QUARANTINED)
+        for slot in self._held.get(owner, {}):
+            self.mark(owner, slot, SlotState.QUARANTINED)
 
     def counts(self) -> dict[str, int]:
-        """Slots by state, and their total; asserts that none is lost or doubled."""
+        """Slots by state, and their total; from any thread."""
+        return self._counts
+
+    def check(self) -> None:
+        """Assert that no slot is lost or doubled."""
+        places = Counter([*self._free, *(slot for held in self._held.values() for slot in held)])
+        assert places == Counter(range(self.num_slots)), places
         states = Counter(state for held in self._held.values() for state in held.values())
-        counts = {state.value: states[state] for state in SlotState}
+        assert all(states[s] == n for s, n in self._num_in.items()), (states, self._num_in)
+
+    def _publish(self) -> None:
+        # one new dict, so that another thread never sees half a move
+        counts = {state.value: number for state, number in self._num_in.items()}
         counts["free"] = len(self._free)
-        assert sum(counts.values()) == self.num_slots, counts
-        seen = {*self._free, *(slot for held in self._held.values() for slot in held)}
-        assert len(seen) == self.num_slots, counts
-        return {**counts, "total": self.num_slots}
+        counts["total"] = self.num_slots
+        self._counts = counts
 
 
 class Arena:

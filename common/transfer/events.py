@@ -83,8 +83,8 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """reason: unreachable, peer_lost, stalled, deadline, corrupt, incomplete, protocol, or the
-    peer's own abort reason.
+    """reason: unreachable, peer_lost, internal, stalled, deadline, corrupt, incomplete, protocol,
+    or the peer's own abort reason.
     """
 
     handle: TransferHandle

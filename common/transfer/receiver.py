@@ -90,6 +90,12 @@ class _Session:
     )  # slots in quarantine until ABORT_ACK
     outbox: deque[list[bytes]] = field(default_factory=deque)
 
+    def remember(self, transfer_id: int) -> None:
+        """This transfer has ended: what still comes of it is late."""
+        self.ended[transfer_id] = None
+        if len(self.ended) > MAX_ENDED:
+            self.ended.popitem(last=False)
+
 
 @dataclass(slots=True, eq=False)
 class _Incoming:
@@ -309,10 +315,14 @@ class Receiver:
         )
 
     def counts(self) -> dict[str, int]:
-        """Arena slots by state (free, granted, filled, quarantined) and their total; asserts
-        conservation.
+        """Arena slots by state (free, granted, filled, quarantined) and their total, which
+        is their sum.
         """
-        return self._loop.ask(self._slots.counts)
+        return self._slots.counts()
+
+    def check(self) -> None:
+        """Assert that every arena slot is in exactly one place; waits for the I/O thread."""
+        self._loop.ask(self._slots.check)
 
     def stats(self) -> dict[str, int]:
         """Running totals: injected chunks and bytes, damaged, re-shipped, dropped messages by
@@ -437,7 +447,7 @@ class Receiver:
         # the transfer
         is_movable = not transfer.num_reships
         if is_movable and (coverage.is_complete or self._hungry):
-            self._slots.free(transfer, slot)
+            self._slots.free(transfer, [slot])
             if not coverage.is_complete and not self._slots.num_held(transfer):
                 self._hungry[transfer] = None
             self._feed()
@@ -478,7 +488,7 @@ class Receiver:
         else:
             transfer.is_ready = True
             if not transfer.num_reships:
-                self._slots.free_granted(transfer)
+                self._slots.free(transfer, self._slots.granted(transfer))
                 self._feed()
             now = time.monotonic()
             seconds = now - transfer.granted_at
@@ -541,9 +551,7 @@ class Receiver:
         if session.transfers.pop(handle.transfer_id, None) is None:
             return
         transfer.end_reason = transfer.end_reason or "ended"
-        session.ended[handle.transfer_id] = None
-        if len(session.ended) > MAX_ENDED:
-            session.ended.popitem(last=False)
+        session.remember(handle.transfer_id)
         if self._by_request.get(handle.request_id) is transfer:
             del self._by_request[handle.request_id]
         self._hungry.pop(transfer, None)
@@ -807,7 +815,7 @@ class Receiver:
                 self._forget(transfer)
             else:
                 self._end(transfer, Aborted(transfer.handle, abort.reason or "aborted"))
-        session.ended[transfer_id] = None  # also one whose RESERVE is still to come
+        session.remember(transfer_id)  # also one whose RESERVE is still to come
         self._send(session, Kind.ABORT_ACK, transfer_id)
 
     def _report(self, transfer: _Incoming) -> None:
@@ -882,11 +890,11 @@ class Receiver:
 
     def _announce(self) -> None:
         """Send the credit that this round gave: one message a transfer."""
-        for transfer in self._owed:
+        owed, self._owed = self._owed, set()
+        for transfer in owed:
             credit = transfer_pb2.Credit(slots=transfer.credit, injected=transfer.credit_injected)
             transfer.credit, transfer.credit_injected = [], []
             self._send(transfer.session, Kind.CREDIT, transfer.handle.transfer_id, credit)
-        self._owed.clear()
 
     def _watch_all(self, now: float) -> None:
         is_ping_due = now - self._pinged_at > self._options.stall_s / 2
@@ -930,7 +938,8 @@ class Receiver:
         elif stalled_s > options.stall_s and now - transfer.told_at > options.stall_s:
             transfer.told_at = now
             missing = [n for n in range(transfer.manifest.num_chunks) if n not in transfer.injected]
-            self._ask_again(transfer, missing)
+            if missing:
+                self._ask_again(transfer, missing)
 
     def _close(self) -> None:
         for session in list(self._sessions.values()):

@@ -239,7 +239,6 @@ class Sender:
     ) -> None:
         connection = self._connections.get(destination)
         if connection is None:
-            self._drop_older(destination)
             try:
                 connection = Connection(
                     self._loop,
@@ -284,13 +283,6 @@ class Sender:
                 num_sequences=transfer.num_sequences,
             ),
         )
-
-    def _drop_older(self, destination: Destination) -> None:
-        """A worker of another epoch at the same address has taken the place of the one we knew."""
-        for known, connection in list(self._connections.items()):
-            if known.address == destination.address:
-                connection.close()
-                self._on_lost(connection, "peer_lost")
 
     def _piece_ready(self, handle: TransferHandle, piece: Piece) -> None:
         transfer = self._transfers.get(handle.transfer_id)
@@ -456,7 +448,14 @@ class Sender:
                 self._turns.popleft()
                 self._send_manifest(transfer)
                 continue
-            if not self._ship_chunk(transfer, *step):
+            try:
+                is_shipped = self._ship_chunk(transfer, *step)
+            except Exception:
+                # this request's own fault (a source that is too short): the others go on
+                logger.exception("%s: cannot read the state", transfer.handle.request_id)
+                self._end(transfer, Failed(transfer.handle, "internal"), abort_reason="internal")
+                continue
+            if not is_shipped:
                 return True
             self._turns.rotate(-1)
         return False

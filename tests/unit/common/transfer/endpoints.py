@@ -16,10 +16,7 @@ import zmq
 from scission.common.cache.layout import CacheLayout, Component, Kind
 from scission.common.cache.storage import CacheStorage
 from scission.common.transfer.events import (
-    Aborted,
-    Closed,
     Destination,
-    Failed,
     Ready,
     ReceiverEvent,
     ReserveRequested,
@@ -92,6 +89,7 @@ class Pair:
     target: CacheStorage
     receiver_epoch: int
     changed: threading.Condition
+    through: str | None = None  # address that the sender is told, in place of the receiver's
     sent: list[SenderEvent] = field(default_factory=list)
     received: list[ReceiverEvent] = field(default_factory=list)
     inject_budget: int = 1 << 20
@@ -101,7 +99,12 @@ class Pair:
 
     @property
     def destination(self) -> Destination:
-        return Destination("decode-1", self.receiver_epoch, self.receiver.address)
+        address = self.receiver.address if self.through is None else self.through
+        return Destination("decode-1", self.receiver_epoch, address)
+
+    def wake(self) -> None:
+        with self.changed:
+            self.changed.notify()
 
     def step(self) -> None:
         """One turn of both engines."""
@@ -187,6 +190,7 @@ class Pair:
         """Wait until every arena slot is free again."""
         total = self.receiver.counts()["total"]
         self.run_until(lambda: self.receiver.counts()["free"] == total)
+        self.receiver.check()
 
     def assert_arrived(self, num_tokens: int, source: Room, target: Room) -> None:
         """Exactly the live rows: equal to the sender's, and poison everywhere else."""
@@ -249,14 +253,11 @@ def make_pair(
         if is_clean_end:
             pair.settle()
     finally:
-        sender.close()
-        receiver.close()
+        pair.sender.close()
+        pair.receiver.close()
         if context is not None:
             context.destroy(linger=0)
-    assert sender.stats()["errors"] == 0
-    assert receiver.stats()["errors"] == 0
+    assert pair.sender.stats()["errors"] == 0
+    assert pair.receiver.stats()["errors"] == 0
     if tier == "shared":
         assert list(directory.iterdir()) == []
-
-
-__all__ = ["Aborted", "Closed", "Failed", "Pair", "Room", "make_pair"]
