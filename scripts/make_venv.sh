@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 venv=.venv
 stamp=$venv/.stamp
 constraints=${CONSTRAINTS-requirements/cpu.txt}
-wanted=$(cat pyproject.toml ${constraints:+"$constraints"} scripts/make_venv.sh | cksum)
+wanted=$(cat pyproject.toml ${constraints:+"$constraints"} scripts/*.sh | cksum)
 
 if [ -x $venv/bin/python ] && [ -f $stamp ] && [ "$(cat $stamp)" = "$wanted" ]; then
     exit 0
@@ -35,10 +35,5 @@ if ! { [ -x $venv/bin/python ] && is_usable $venv/bin/python; }; then
 fi
 
 echo "make venv: installing into $venv (the first time takes minutes)" >&2
-if ! $venv/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location \
-    ${constraints:+--constraint "$constraints"} --editable '.[worker,dev]'; then
-    echo "make venv: pip failed. If it found no torch of the pinned CPU build, point PIP_EXTRA_INDEX_URL" >&2
-    echo "or PIP_FIND_LINKS at PyTorch's CPU wheels, or run 'make venv CONSTRAINTS=' for pip's own choice." >&2
-    exit 1
-fi
+bash scripts/pip_install.sh $venv/bin/python --editable '.[worker,dev]'
 echo "$wanted" >$stamp

@@ -76,6 +76,7 @@ def make_command() -> click.Command:
             "doctor": _doctor,
             "bundle": _bundle,
             "keys": _keys,
+            "health": _health,
             "version": _version,
         },
     )
@@ -186,6 +187,18 @@ def _keys() -> click.Command:
 
         _or_exit(lambda: write_curve_keys(directory))
         click.echo(directory)
+
+    return command
+
+
+def _health() -> click.Command:
+    @click.command("health", help="Exit 0 if the worker at HOST:PORT (gRPC) serves, else 1.")
+    @click.argument("address", metavar="HOST:PORT")
+    @click.option("--timeout-s", type=float, default=3.0, show_default=True)
+    def command(address: str, timeout_s: float) -> None:
+        from scission.common.grpc_health import is_serving
+
+        sys.exit(0 if is_serving(address, timeout_s) else 1)
 
     return command
 
