@@ -6,7 +6,7 @@ checkpoint_texts.py; without them, chats that need none are served and the other
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from scission.common.errors import RequestError, UnsupportedError
@@ -15,7 +15,6 @@ from scission.services.gateway.chat.dsml import (
     BLOCK_STARTS,
     DSML,
     DsmlParser,
-    held_back,
     render_tool_calls,
     to_json,
 )
@@ -28,6 +27,7 @@ from scission.services.gateway.chat.format import (
     ToolCall,
     ToolResultPart,
 )
+from scission.services.gateway.held_back import held_back
 from scission.services.gateway.tokenizer import Tokenizer
 
 BOS = "<｜begin▁of▁sentence｜>"
@@ -66,7 +66,7 @@ class _Turn:
 
     role: str
     content: str = ""
-    blocks: tuple[_Block, ...] = ()  # of user turns, instead of content
+    blocks: list[_Block] = field(default_factory=list)  # of user turns, instead of content
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
@@ -251,9 +251,7 @@ class _Renderer:
 
 
 def _merge_tool_messages(messages: Iterable[Message]) -> list[_Turn]:
-    """Tool messages and user messages in a row become one user turn; a task ends the row for user
-    texts.
-    """
+    """Tool and user messages in a row become one user turn; a task ends the row for user texts."""
     turns: list[_Turn] = []
     for message in messages:
         role = message["role"]
@@ -262,17 +260,16 @@ def _merge_tool_messages(messages: Iterable[Message]) -> list[_Turn]:
         if role == "tool":
             block = _Block(content, message.get("tool_call_id", ""))
             if last is not None:
-                turns[-1] = replace(last, blocks=(*last.blocks, block))
+                last.blocks.append(block)
             else:
-                turns.append(_Turn("user", blocks=(block,)))
+                turns.append(_Turn("user", blocks=[block]))
             continue
         assert isinstance(content, str), "only tool messages keep a list of parts"
         if role == "user":
-            block = _Block(content)
             if last is not None and last.task is None:
-                turns[-1] = replace(last, blocks=(*last.blocks, block))
+                last.blocks.append(_Block(content))
             else:
-                turns.append(_Turn("user", blocks=(block,), task=message.get("task")))
+                turns.append(_Turn("user", blocks=[_Block(content)], task=message.get("task")))
             continue
         turns.append(
             _Turn(
@@ -302,9 +299,7 @@ def _sort_tool_results(turns: Iterable[_Turn]) -> list[_Turn]:
             answers = [block for block in turn.blocks if block.call_id is not None]
             answers.sort(key=lambda block: order.get(block.call_id or "", 0))
             remaining = iter(answers)
-            blocks = tuple(
-                block if block.call_id is None else next(remaining) for block in turn.blocks
-            )
+            blocks = [block if block.call_id is None else next(remaining) for block in turn.blocks]
             turn = replace(turn, blocks=blocks)
         result.append(turn)
     return result

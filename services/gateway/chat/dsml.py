@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from scission.common.errors import RequestError
 from scission.services.gateway.chat.format import FunctionCall, ToolCallDelta, new_call_id
+from scission.services.gateway.held_back import held_back
 
 DSML = "｜DSML｜"
 
@@ -25,6 +26,7 @@ BLOCK_STARTS = tuple(f"<{DSML}{name}" for name in ("tool_calls", "toolcalls", "i
 _BLOCK_ENDS = tuple(f"</{DSML}{name}>" for name in ("tool_calls", "toolcalls"))
 _INVOKE, _INVOKE_END = f"<{DSML}invoke", f"</{DSML}invoke>"
 _PARAMETER, _PARAMETER_END = f"<{DSML}parameter", f"</{DSML}parameter>"
+MAX_TAG_CHARS = 2048  # a tag that is longer is none, and ends the block
 _ATTRIBUTE = re.compile(r'([A-Za-z_]+)="(.*?)"(?=\s|$)', re.DOTALL)
 
 Clean = Callable[[str], str]
@@ -84,6 +86,8 @@ class DsmlParser:
         self._step: Callable[[], bool] = self._read_block
         self._deltas: list[ToolCallDelta] = []
         self._keys: set[str] = set()
+        self._key = ""
+        self._searched = 0  # so far the value's end is not in `_pending`
         self._is_invoke_open = False
         self._is_string_open = False  # the JSON string of a value is being written
         self._is_ignored = False  # the value repeats a parameter
@@ -185,9 +189,11 @@ class DsmlParser:
         return True
 
     def _read_json(self) -> bool:
-        position = self._pending.find(_PARAMETER_END)
+        position = self._pending.find(_PARAMETER_END, self._searched)
         if position < 0:
+            self._searched = max(0, len(self._pending) - len(_PARAMETER_END))
             return False
+        self._searched = 0
         value = self._pending[:position]
         self._pending = self._pending[position + len(_PARAMETER_END) :]
         if not self._is_ignored:
@@ -200,9 +206,12 @@ class DsmlParser:
         return False
 
     def _take_tag(self) -> dict[str, str] | None:
-        """Consume up to the first `>` outside quotes; None while it has not come."""
-        match = _TAG_REST.match(self._pending)
+        """Consume up to the first `>` outside quotes; None while it has not come, or never does."""
+        match = _TAG_REST.match(self._pending[:MAX_TAG_CHARS])
         if match is None:
+            if len(self._pending) >= MAX_TAG_CHARS:
+                self._pending = ""
+                self._step = self._drop
             return None
         self._pending = self._pending[match.end() :]
         return dict(_ATTRIBUTE.findall(match.group(1)))
@@ -234,20 +243,6 @@ class DsmlParser:
 
 _TAG_REST = re.compile(r'((?:[^">]|"[^"]*")*)>')
 _LONGEST_TAG = max(map(len, (_INVOKE, _INVOKE_END, _PARAMETER, *_BLOCK_ENDS))) - 1
-
-
-def held_back(text: str, markers: Sequence[str]) -> int:
-    """Length of the longest suffix of `text` that is the beginning, but not all, of a marker."""
-    longest = 0
-    for marker in markers:
-        first = marker[0]
-        start = max(0, len(text) - len(marker) + 1)
-        while (start := text.find(first, start)) >= 0:
-            if marker.startswith(text[start:]):
-                longest = max(longest, len(text) - start)
-                break
-            start += 1
-    return longest
 
 
 def _first_of(text: str, tags: Sequence[str]) -> tuple[int, str] | None:

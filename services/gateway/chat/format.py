@@ -134,14 +134,17 @@ class MarkerGuard:
     """
 
     def __init__(self, markers: Collection[str]) -> None:
-        longest_first = sorted((m for m in markers if len(m) > 1), key=len, reverse=True)
+        rests: dict[str, list[str]] = {}
+        for marker in markers:
+            if len(marker) > 1:
+                rests.setdefault(marker[0], []).append(re.escape(marker[1:]))
         # only the first character is consumed, so that overlapping markers are all found
         self._pattern = re.compile(
-            f"(?=(?:{'|'.join(map(re.escape, longest_first))}))(.)", re.DOTALL
+            "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
         )
 
     def neutralise(self, text: str) -> str:
-        return self._pattern.sub("\\1\u200b", text)
+        return self._pattern.sub("\\g<0>\u200b", text)
 
 
 def new_call_id() -> str:

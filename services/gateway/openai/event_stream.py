@@ -12,7 +12,7 @@ import orjson
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from scission.common.errors import CancelledError, ScissionError
+from scission.common.errors import CancelledError, DeadlineError, ScissionError
 from scission.services.gateway.openai.errors import body_of, response_of
 
 logger = logging.getLogger(__name__)
@@ -74,11 +74,14 @@ class EventStream(StreamingResponse):
         events: AsyncGenerator[bytes, None],
         *,
         keep_alive_s: float,
+        timeout_s: float,
         on_error: Callable[[Exception], None],
     ) -> None:
+        """`timeout_s` bounds the whole response: a client that stops reading is cut off by then."""
         super().__init__(events, headers=HEADERS, media_type="text/event-stream")
         self._events = events
         self._keep_alive_s = keep_alive_s
+        self._timeout_s = timeout_s
         self._on_error = on_error
         self._is_started = False
         self._num_writes = 0
@@ -86,7 +89,10 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._send_all(scope, receive, send))
+            async with asyncio.timeout(self._timeout_s):
+                await while_connected(receive, self._send_all(scope, receive, send))
+        except TimeoutError:
+            self._on_error(DeadlineError("the client did not read its stream in time"))
         except CancelledError as error:
             self._on_error(error)
             if not self._is_started:

@@ -24,6 +24,8 @@ from scission.services.gateway.openai.schemas import (
     TokenizeTextBody,
 )
 
+# The engine ends a request at its deadline; whoever has not read the end by then is cut off.
+READING_GRACE_S = 30.0
 EVENT_STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}}
 }
@@ -49,7 +51,10 @@ def make_openai_router(context: ServingContext) -> APIRouter:
             job = await job_type.prepare(body, caller, context)
             if body.stream:
                 return EventStream(
-                    job.stream(), keep_alive_s=context.options.keep_alive_s, on_error=_count_error
+                    job.stream(),
+                    keep_alive_s=context.options.keep_alive_s,
+                    timeout_s=context.options.request_timeout_s + READING_GRACE_S,
+                    on_error=_count_error,
                 )
             return _json(await while_connected(request.receive, job.collect()))
         except ScissionError as error:

@@ -19,6 +19,8 @@ from pydantic import (
 )
 
 MAX_STOPS = 256
+MAX_STOP_CHARS = 1024
+MAX_BAD_WORDS = 1024
 INT64_MAX = 2**63 - 1
 
 Prompt = str | list[int] | list[str] | list[list[int]]
@@ -49,8 +51,8 @@ def _check_stop(value: object) -> object:
         return None
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError("must be a string or a list of strings")
-    if len(stops) > MAX_STOPS or not all(stops):
-        raise ValueError(f"must be at most {MAX_STOPS} strings, none of them empty")
+    if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+        raise ValueError(f"must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters")
     return stops
 
 
@@ -108,11 +110,13 @@ class GenerationBody(_Body):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     min_tokens: int | None = Field(None, ge=0)
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    bad_words: list[str] | None = None
+    bad_words: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
+        None, max_length=MAX_BAD_WORDS
+    )
     allowed_token_ids: list[TokenId] | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
     prompt_logprobs: int | None = Field(None, ge=0)

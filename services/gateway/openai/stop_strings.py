@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from scission.services.gateway.held_back import held_back
+
 
 class StopStrings:
     """Lets through what is certain to come before any stop string.
@@ -33,7 +35,7 @@ class StopStrings:
             end, start, self.matched = first
             self._pending = ""
             return pending[: end if self._is_included else start]
-        kept = self._held_back(pending)
+        kept = held_back(pending, self._stops)
         self._pending = pending[len(pending) - kept :]
         return pending[: len(pending) - kept]
 
@@ -41,13 +43,3 @@ class StopStrings:
         """What was held back, when the text has ended without a stop string."""
         pending, self._pending = self._pending, ""
         return pending
-
-    def _held_back(self, text: str) -> int:
-        """Length of the longest suffix that is the beginning of a stop string."""
-        longest = 0
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest

@@ -349,6 +349,18 @@ async def test_a_client_that_leaves_closes_all_prompts_of_its_request() -> None:
         assert engine.num_closed == 3
 
 
+async def test_a_client_that_does_not_read_is_cut_off_after_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("scission.services.gateway.openai.routes.READING_GRACE_S", 0.0)
+    engine = FakeEngine(say("abc" * 100))
+    app = make_app(engine, request_timeout_s=0.05)
+    connection = Connection(app, "/v1/completions", {**TEXT, "stream": True})
+    connection.sent = asyncio.Queue(maxsize=3)
+    await connection.run()
+    assert engine.num_closed == 1
+
+
 async def test_a_silent_stream_is_kept_alive_by_comments() -> None:
     engine = FakeEngine(say("abc"), hang_after=0)
     connection = Connection(
@@ -367,11 +379,13 @@ async def test_a_silent_stream_is_kept_alive_by_comments() -> None:
 
 
 def make_openai(engine: FakeEngine) -> openai.AsyncOpenAI:
+    # its versions differ in which httpx they are typed for
+    http_client: Any = make_client(make_app(engine))
     return openai.AsyncOpenAI(
         api_key="none",
         base_url="http://gateway/v1",
         max_retries=0,
-        http_client=make_client(make_app(engine)),
+        http_client=http_client,
     )
 
 

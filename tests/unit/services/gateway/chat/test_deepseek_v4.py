@@ -261,6 +261,11 @@ def test_completions_are_split_as_specified(case: str) -> None:
     assert parse(list(text), thinking=thinking) == expected
 
 
+def test_a_tag_that_never_ends_ends_the_block() -> None:
+    text = f'ok\n\n<{DSML}tool_calls>\n<{DSML}invoke name="' + "x" * 5000 + f'">{BLOCK}'
+    assert parse([text], thinking=False) == parse(list(text), thinking=False) == ("", "ok", [])
+
+
 def test_without_tools_the_markup_of_calls_is_content() -> None:
     assert parse([BLOCK], thinking=False, tools=False) == ("", BLOCK, [])
 

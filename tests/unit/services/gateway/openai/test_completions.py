@@ -373,7 +373,7 @@ async def test_one_failed_prompt_fails_the_request_and_closes_the_others() -> No
 
 # ---------------------------------------------------------------------------------------- errors
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no prompt": ({"prompt": None}, "prompt"),
     "an empty prompt": ({"prompt": ""}, "prompt"),
     "an empty list": ({"prompt": []}, "prompt"),
