@@ -22,7 +22,8 @@ from scission.common.errors import ScissionError
 from scission.common.inference_messages import sampling_to_proto
 from scission.common.metrics import Metrics
 from scission.common.model.batch import ForwardBatch, SequenceChunk
-from scission.common.runner import OnLayers, Runner
+from scission.common.model.deepseek_v4 import OnLayers
+from scission.common.runner import Runner
 from scission.common.sampling import SequenceSampling, finish_reason, sample
 from scission.common.transfer.events import (
     Aborted,
@@ -61,6 +62,9 @@ def logits_of(context: Sequence[int], window: Sequence[int]) -> Tensor:
 
 class HashModel:
     """Writes tokens into the cache, reads them back and hashes them."""
+
+    layout = LAYOUT
+    layer_groups = ((0, 1),)
 
     def __init__(self) -> None:
         self.fails = 0  # so many next passes raise
