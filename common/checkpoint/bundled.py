@@ -1,7 +1,9 @@
-"""The model that is served when none is named: random, tiny, complete, written once into a cache
-folder.
+"""The model that is served when none is named: random, tiny, complete, written once into a cache.
+
+`python -m scission.common.checkpoint.bundled DIR` writes it into a folder of your own.
 """
 
+import argparse
 import hashlib
 import json
 import logging
@@ -179,3 +181,16 @@ def _version() -> str:
 def _user_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "scission"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the bundled model into a folder.")
+    parser.add_argument("directory", type=Path, help="is made; must not exist")
+    directory = parser.parse_args().directory
+    if directory.exists():
+        parser.error(f"{directory} exists already")
+    write_bundled(directory)
+
+
+if __name__ == "__main__":
+    main()

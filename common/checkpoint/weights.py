@@ -199,7 +199,7 @@ class Weights:
         return matrix
 
     def _take_matrix(self, name: str, shape: tuple[int, ...]) -> StoredFormat | None:
-        """Enter a matrix's tensors into the ledger; its format, or None after a problem."""
+        """Enter a matrix's tensors into the ledger; its format, None where it is none of ours."""
         tensors = self._ledger.source.tensors
         whole = f"{self._prefix}{name}"
         weight, scale = tensors.get(f"{whole}.weight"), tensors.get(f"{whole}.scale")
@@ -216,35 +216,34 @@ class Weights:
                 "I8 (packed FP4) with one per 32 inputs"
             )
             return None
-        stored = StoredFormat(kind, weight.dtype, scale.dtype if scale is not None else None)
-        is_right = self._take(f"{name}.weight", stored.code_shape(*shape), (weight.dtype,))
+        found = scale.dtype if scale is not None else ""
+        scale_dtype = found if found in _SCALE_DTYPES else _SCALE_DTYPES[0]
+        stored = StoredFormat(kind, weight.dtype, None if kind == "plain" else scale_dtype)
+        self._take(f"{name}.weight", stored.code_shape(*shape), (weight.dtype,))
         scale_shape = stored.scale_shape(*shape)
         if scale_shape is not None:
-            is_right &= self._take(f"{name}.scale", scale_shape, _SCALE_DTYPES)
+            self._take(f"{name}.scale", scale_shape, _SCALE_DTYPES)
         elif scale is not None:
-            is_right = False
             self._ledger.taken.add(f"{whole}.scale")
             self._ledger.problem(
                 f"matrix {whole} is plain {weight.dtype} but has a scale {list(scale.shape)}"
             )
-        return stored if is_right else None
+        return stored
 
-    def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> bool:
-        """Enter one tensor into the ledger; False (or an error) where it is not as wanted."""
+    def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+        """Enter one tensor into the ledger; a problem where it is not as wanted."""
         whole = self._prefix + name
         tensor = self._ledger.source.tensors.get(whole)
         wanted = f"{' or '.join(dtypes)} {list(shape)}"
         if tensor is None:
             self._ledger.problem(f"tensor {whole} is missing (wanted {wanted})")
-            return False
+            return
         if whole in self._ledger.taken:
             raise AssertionError(f"tensor {whole} is taken twice")
         self._ledger.taken.add(whole)
         if tensor.shape != shape or tensor.dtype not in dtypes:
             found = f"{tensor.dtype} {list(tensor.shape)}"
             self._ledger.problem(f"tensor {whole} is {found}, wanted {wanted}")
-            return False
-        return True
 
     def _stack(
         self,
@@ -301,8 +300,14 @@ def load_model(
     Raises:
         CheckpointError: names what is missing, of another shape or dtype, or left over.
     """
-    dry = Weights(Ledger(source, "meta"))
-    build(dry)
+    ledger = Ledger(source, "meta")
+    dry = Weights(ledger)
+    try:
+        build(dry)
+    except CheckpointError as error:
+        # a constructor may refuse what stands in for a tensor that is not as wanted: the cause
+        # first
+        raise CheckpointError(_listed([*ledger.problems, str(error)], "; ")) from error
     dry.finish(ignored)
     weights = Weights(Ledger(source, device))
     model = build(weights)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from scission.common.checkpoint import deepseek_v4
 from scission.common.checkpoint.source import FileSource
-from scission.common.checkpoint.weights import Matrix, Shard, load_model
+from scission.common.checkpoint.weights import Matrix, Shard, Weights, load_model
 from scission.common.checkpoint.write_deepseek_v4 import write_random_deepseek_v4
 from scission.common.errors import CheckpointError
 from tests.reference_checkpoint import dequantized_state, tiny_config
@@ -149,3 +149,14 @@ def test_matrix_counts_its_bytes() -> None:
     codes = torch.zeros(2, 4, 16, dtype=torch.int8)
     matrix = Matrix("fp4_group", codes, torch.zeros(2, 4, 1, dtype=torch.uint8), 4, 32)
     assert matrix.num_bytes == 2 * 4 * 17
+
+
+def test_a_constructor_that_stops_early_does_not_hide_the_cause(tmp_path: Path) -> None:
+    write_tensors(tmp_path, w=torch.ones(4))
+
+    def build(weights: Weights) -> None:
+        weights.tensor("v", [4], torch.float32)
+        raise CheckpointError("this model needs more")
+
+    with pytest.raises(CheckpointError, match=r"tensor v is missing .*; this model needs more"):
+        load_model(build, FileSource(tmp_path), "cpu")
