@@ -1,6 +1,6 @@
 """The prefill engine: a loop in one thread, which alone touches requests, blocks and the model.
 
-A turn takes calls from the inbox, ends what is overdue, hears what became of transfers, computes
+A turn takes calls from the inbox, hears what became of transfers, ends what is overdue, computes
 one batch of chunks and tells the gateways. A request goes QUEUED -> COMPUTING -> RETAINED -> gone.
 """
 
@@ -178,9 +178,10 @@ class PrefillEngine:
         """One turn, after waiting up to `wait_s` for a call or a transfer's event."""
         for item in self._inbox.drain(wait_s):
             self._take(item)
-        self._expire()
+        # before what is overdue: a grant that is here already ends the wait for it
         for request, event in self._handoff.poll():
             self._on_transfer(request, event)
+        self._expire()
         chunks = self._scheduler.schedule()
         if chunks:
             self._step(chunks)
