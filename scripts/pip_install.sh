@@ -15,7 +15,7 @@ install() { "$python" -m pip install --quiet --disable-pip-version-check --no-wa
 if install ${constraints:+--constraint "$constraints"} "$@" 2>"$log"; then
     exit 0
 fi
-if [ -n "$constraints" ] && grep -Eq '(No matching distribution found for|Cannot install) .*torch' "$log"; then
+if [ -n "$constraints" ] && grep -Eq 'No matching distribution found for torch|ResolutionImpossible' "$log"; then
     echo "pip knows no CPU build of torch (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can name one):" >&2
     echo "taking the default build, which brings GPU libraries along" >&2
     sed 's/^\(torch==[0-9.]*\)+cpu/\1/; /^triton==/d' "$constraints" >"$log.constraints"
