@@ -125,6 +125,18 @@ class ChatFormat(Protocol):
     def new_parser(self, rendered: RenderedChat, *, parse_tool_calls: bool) -> CompletionParser: ...
 
 
+_END = ""  # a marker may end at this branch
+_Tree = dict[str, "_Tree"]
+
+
+def _pattern_of(tree: _Tree) -> str:
+    """A pattern for the shortest of the tree's texts, which is enough to know that there is one."""
+    if _END in tree:
+        return ""
+    branches = [re.escape(char) + _pattern_of(rest) for char, rest in tree.items()]
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+
+
 class MarkerGuard:
     """Breaks control markers in text that comes from outside, so that no message can speak as
     another.
@@ -134,13 +146,16 @@ class MarkerGuard:
     """
 
     def __init__(self, markers: Collection[str]) -> None:
-        rests: dict[str, list[str]] = {}
-        for marker in markers:
-            if len(marker) > 1:
-                rests.setdefault(marker[0], []).append(re.escape(marker[1:]))
-        # only the first character is consumed, so that overlapping markers are all found
+        tree: _Tree = {}
+        for marker in filter(None, markers):
+            branch = tree
+            for char in marker:
+                branch = branch.setdefault(char, {})
+            branch[_END] = {}
+        # only the first character is consumed, so that overlapping markers are all found; a tree,
+        # because hundreds of alternatives would be tried one by one at every "<"
         self._pattern = re.compile(
-            "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
+            "|".join(f"{re.escape(char)}(?={_pattern_of(rest)})" for char, rest in tree.items())
         )
 
     def neutralise(self, text: str) -> str:

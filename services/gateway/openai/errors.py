@@ -2,6 +2,7 @@
 
 import logging
 import math
+import reprlib
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
@@ -15,6 +16,7 @@ from scission.common.errors import CancelledError, ScissionError
 
 logger = logging.getLogger(__name__)
 
+_SHORT = reprlib.Repr(maxstring=40, maxother=40, maxlist=3, maxdict=3, maxlevel=2)
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
 
 
@@ -93,10 +95,7 @@ def describe_validation(errors: Iterable[Any]) -> tuple[str, str | None]:
     if kind == "missing":
         return f"{param}: this field is required.", param
     text = str(problem.get("msg", "is invalid")).removeprefix("Value error, ")
-    shown = repr(problem.get("input"))
-    if len(shown) > 60:
-        shown = shown[:57] + "..."
-    return f"{param}: {text} (got {shown})", param
+    return f"{param}: {text} (got {_SHORT.repr(problem.get('input'))})", param
 
 
 def _is_union_branch(part: int | str) -> bool:

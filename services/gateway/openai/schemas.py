@@ -21,6 +21,8 @@ from pydantic import (
 MAX_STOPS = 256
 MAX_STOP_CHARS = 1024
 MAX_BAD_WORDS = 1024
+MAX_MESSAGES = 65536
+MAX_TOOLS = 4096
 INT64_MAX = 2**63 - 1
 
 Prompt = str | list[int] | list[str] | list[list[int]]
@@ -207,8 +209,8 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 class ConversationBody(_Body):
     """The part of a chat request that makes the prompt."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    tools: list[Tool] | None = None
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Annotated[
         Literal["none", "auto", "required"] | NamedToolChoice | None,
         BeforeValidator(_check_tool_choice),
