@@ -28,7 +28,6 @@ from scission.services.prefill.engine import PrefillEngine
 from scission.services.prefill.meters import PrefillMeters
 from scission.services.prefill.request import ModelFacts
 from scission.services.prefill.state import StateStore
-
 from tests.unit.services.prefill.chain_model import (
     NUM_LAYERS,
     VOCAB,

@@ -12,7 +12,6 @@ from scission.common.errors import (
     UnavailableError,
 )
 from scission.protos import inference_pb2
-
 from tests.unit.services.prefill.chain_model import VOCAB, next_token
 from tests.unit.services.prefill.harness import GATEWAY, Prefill
 

@@ -6,7 +6,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from scission.common.errors import ScissionError
 from scission.common.transfer.events import TransferHandle
-
 from tests.unit.services.prefill.chain_model import chain, next_token
 from tests.unit.services.prefill.harness import DECODE, GATEWAY, Prefill
 
