@@ -221,6 +221,12 @@ class DecodeEngine:
                 raise AssertionError(f"decode takes no {type(item).__name__}")
 
     def _submit(self, submit: Submit) -> None:
+        if submit.request.num_choices > self.slots.total:
+            raise ContextLengthError(
+                f"{submit.request.num_choices} choices are more than the {self.slots.total}"
+                f" sequences that this worker runs at a time",
+                param="n",
+            )
         request = Request(submit, self._facts.vocab_size, self._facts.max_model_len)
         now = self._clock()
         current = self._requests.get(request.request_id)
@@ -237,8 +243,7 @@ class DecodeEngine:
         if not self._rooms.can_ever_fit(request, len(request.prompt_token_ids)):
             raise ContextLengthError(
                 f"{request.num_choices} choices of {len(request.prompt_token_ids)} prompt tokens"
-                f" are more than this worker can hold: {self.blocks.total} blocks of state and"
-                f" {self.slots.total} sequences"
+                f" are more than this worker's {self.blocks.total} blocks of state hold"
             )
         self._requests[request.request_id] = request
         self._watch_deadline(request)
@@ -258,7 +263,8 @@ class DecodeEngine:
         if request is None or request.attempt > cancel.attempt:
             return
         if cancel.choice is None:
-            self._end(request, "cancelled", cancel.reason)
+            reason = cancel.reason if cancel.reason in _EXPECTED_ENDS else "cancelled"
+            self._end(request, "cancelled", reason)
             return
         request.live_choices.discard(cancel.choice)
         for sequence in [s for s in request.sequences if s.choice == cancel.choice]:
@@ -331,6 +337,7 @@ class DecodeEngine:
             self._finish(request)
 
     def _lose(self, lost: Lost) -> None:
+        self._meters.lost(lost.reason)
         if lost.reason in _EXPECTED_ENDS:
             self._end(lost.request, "cancelled")
         else:
@@ -354,11 +361,9 @@ class DecodeEngine:
                 raise EngineError(f"{self._num_failures} steps failed in a row") from error
             return
         self._num_failures = 0
-        self._meters.step(
-            sum(p.count for p in planned),
-            num_drawn,
-            self._clock() - started_at,
-        )
+        if planned:
+            num_tokens = sum(p.count for p in planned)
+            self._meters.step(num_tokens, num_drawn, self._clock() - started_at)
 
     def _compute(self, planned: list[Planned]) -> int:
         """Returns how many tokens were drawn."""

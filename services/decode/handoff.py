@@ -148,6 +148,7 @@ class Handoffs:
         self._queue.remove(handle)
         if request.phase in (Phase.WAITING, Phase.ARRIVING):
             self._receiver.abort(handle, reason)
+            self._meters.aborted(reason)
         self._free_room(request)
 
     def _wait(self, request: Request, handle: TransferHandle) -> None:

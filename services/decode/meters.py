@@ -14,6 +14,11 @@ _DROPPED = {
     "dropped_invalid": "malformed",
     "dropped_unknown": "unknown_transfer",
 }
+# Why a transfer may end, as a label; a peer's own words are shown as "other".
+_REASONS = frozenset(
+    {"finished", "cancelled", "superseded", "deadline", "stalled", "corrupt", "incomplete"}
+    | {"protocol", "peer_lost", "draining", "no_grant"}
+)
 
 
 class DecodeMeters:
@@ -31,6 +36,14 @@ class DecodeMeters:
         self.decode.exposed_time.observe(ready.exposed_s)
         self.transfer.seconds.observe(ready.seconds)
         self.transfer.request_bytes.observe(ready.num_bytes)
+
+    def lost(self, reason: str) -> None:
+        """A transfer ended without this decode's doing."""
+        self.transfer.failures(reason if reason in _REASONS else "other").inc()
+
+    def aborted(self, reason: str) -> None:
+        """This decode ended a transfer."""
+        self.transfer.aborts(reason if reason in _REASONS else "other").inc()
 
     def step(self, num_tokens: int, num_drawn: int, seconds: float) -> None:
         self.engine.step_tokens.observe(num_tokens)
