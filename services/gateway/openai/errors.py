@@ -16,7 +16,11 @@ from scission.common.errors import CancelledError, ScissionError
 
 logger = logging.getLogger(__name__)
 
-_SHORT = reprlib.Repr(maxstring=40, maxother=40, maxlist=3, maxdict=3, maxlevel=2)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 40
+_SHORT.maxlist = _SHORT.maxdict = 3
+_SHORT.maxlevel = 2
+
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
 
 
