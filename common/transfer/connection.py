@@ -61,6 +61,7 @@ class Connection:
         self.is_up = False
         self.arena: Arena | None = None  # set: the shared tier
         self.slot_bytes = 0
+        self.num_slots = 0
         self.last_heard = time.monotonic()
         self.num_dropped = 0  # messages that were not valid, or of another epoch
         self._started = self.last_heard
@@ -207,6 +208,7 @@ class Connection:
             self._lose("protocol")
             return
         self.slot_bytes = welcome.slot_bytes
+        self.num_slots = welcome.num_slots
         self._welcomed = welcome
         directory = self._options.arena_dir
         if not welcome.arena_name or directory is None:

@@ -9,6 +9,35 @@ from dataclasses import dataclass
 
 from scission.protos import transfer_pb2
 
+# Why a transfer was refused, aborted or failed: few and fixed, as they become metrics' labels.
+REASONS = frozenset(
+    {
+        "cancelled",
+        "corrupt",
+        "deadline",
+        "draining",
+        "finished",
+        "full",
+        "incomplete",
+        "internal",
+        "layout_mismatch",
+        "old_epoch",
+        "peer_lost",
+        "protocol",
+        "protocol_version",
+        "stalled",
+        "superseded",
+        "too_large",
+        "unknown_request",
+        "unreachable",
+    }
+)
+
+
+def known_reason(reason: str) -> str:
+    """A peer's reason, or "other" for one that is not of ours."""
+    return reason if reason in REASONS else "other"
+
 
 @dataclass(frozen=True, slots=True)
 class Destination:
@@ -57,9 +86,7 @@ class Refused:
     """
 
     handle: TransferHandle
-    # layout_mismatch, old_epoch, protocol_version, full, unknown_request, too_large, draining,
-    # superseded
-    reason: str
+    reason: str  # of REASONS, or "other"
     field: str = ""
     detail: str = ""
 
@@ -83,8 +110,8 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """reason: unreachable, peer_lost, internal, stalled, deadline, corrupt, incomplete, protocol,
-    or the peer's own abort reason.
+    """The transfer is over, for a reason of our own (unreachable, peer_lost, stalled, deadline,
+    corrupt, incomplete, protocol, internal) or the peer's.
     """
 
     handle: TransferHandle
@@ -122,7 +149,7 @@ class Aborted:
     """
 
     handle: TransferHandle
-    reason: str  # finished, cancelled, superseded, deadline, ...
+    reason: str  # of REASONS, or "other"
 
 
 SenderEvent = Granted | Waiting | Refused | Committed | Failed | Closed

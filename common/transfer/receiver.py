@@ -34,6 +34,7 @@ from scission.common.transfer.events import (
     ReceiverEvent,
     ReserveRequested,
     TransferHandle,
+    known_reason,
 )
 from scission.common.transfer.loop import IDLE_S, Loop
 from scission.common.transfer.options import TransferOptions
@@ -814,7 +815,7 @@ class Receiver:
             if transfer.is_committed:
                 self._forget(transfer)
             else:
-                self._end(transfer, Aborted(transfer.handle, abort.reason or "aborted"))
+                self._end(transfer, Aborted(transfer.handle, known_reason(abort.reason)))
         session.remember(transfer_id)  # also one whose RESERVE is still to come
         self._send(session, Kind.ABORT_ACK, transfer_id)
 

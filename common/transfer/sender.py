@@ -30,6 +30,7 @@ from scission.common.transfer.events import (
     StateSource,
     TransferHandle,
     Waiting,
+    known_reason,
 )
 from scission.common.transfer.loop import IDLE_S, Loop
 from scission.common.transfer.options import TransferOptions
@@ -325,7 +326,7 @@ class Sender:
                 assert isinstance(body, transfer_pb2.Abort)
                 # gathering happens on this thread: by now nothing writes for that transfer any more
                 if transfer is not None:
-                    self._end(transfer, Failed(transfer.handle, body.reason or "aborted"))
+                    self._end(transfer, Failed(transfer.handle, known_reason(body.reason)))
                 connection.send(Kind.ABORT_ACK, header.transfer_id)
             case Kind.COMMIT:
                 if transfer is not None and transfer.manifest is not None:
@@ -340,14 +341,14 @@ class Sender:
             transfer.is_answered = True
             if transfer.granted_at is None:
                 transfer.granted_at = transfer.progress_at = now
-                transfer.credits.extend(body.slots)
+                self._credit(transfer, transfer_pb2.Credit(slots=body.slots), now)
                 self._emit(Granted(transfer.handle, now - transfer.reserved_at))
                 self._take_turn(transfer)
         elif isinstance(body, transfer_pb2.Wait):
             transfer.is_answered = True
             self._emit(Waiting(transfer.handle, body.position))
         elif isinstance(body, transfer_pb2.Refuse):
-            refused = Refused(transfer.handle, body.reason, body.field, body.detail)
+            refused = Refused(transfer.handle, known_reason(body.reason), body.field, body.detail)
             self._end(transfer, refused)
         elif isinstance(body, transfer_pb2.Credit) and transfer.granted_at is not None:
             self._credit(transfer, body, now)
@@ -367,7 +368,8 @@ class Sender:
             # once
             last = transfer.in_slot.get(slot)
             is_empty = last is None or transfer.shipped[last].is_done
-            if is_empty and slot not in transfer.credits:
+            is_real = slot < transfer.connection.num_slots
+            if is_real and is_empty and slot not in transfer.credits:
                 transfer.credits.append(slot)
                 transfer.progress_at = now
         self._take_turn(transfer)
@@ -390,7 +392,9 @@ class Sender:
         connection.close()
         self._forget(connection)
         for transfer in self._over(connection):
-            refused = Refused(transfer.handle, refuse.reason, refuse.field, refuse.detail)
+            refused = Refused(
+                transfer.handle, known_reason(refuse.reason), refuse.field, refuse.detail
+            )
             self._end(transfer, refused)
 
     def _on_up(self, connection: Connection) -> None:
