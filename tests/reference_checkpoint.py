@@ -1,12 +1,10 @@
 """Tiny DeepSeek-V4 checkpoints for tests, and their values as decoded without our loader."""
 
-import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -132,33 +130,3 @@ def _values(name: str, tensor: Tensor, stored: dict[str, Tensor]) -> Tensor:
     blocks = scales.repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
     rows, columns = tensor.shape
     return (tensor.to(torch.float64) * blocks[:rows, :columns]).to(torch.float32)
-
-
-def reference_model(directory: Path, scratch: Path) -> torch.nn.Module:
-    """Transformers' deepseek_v4 in fp32 on the dequantised weights of a checkpoint.
-
-    Args:
-        directory: a checkpoint in the published layout.
-        scratch: an empty folder; receives the dequantised weights under their published names.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = json.loads((directory / "config.json").read_text())
-    for field in ("quantization_config", "expert_dtype"):
-        config.pop(field, None)
-    config["torch_dtype"] = "float32"
-    scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / "config.json").write_text(json.dumps(config))
-    state = dequantized_state(directory)
-    kept = {name: value for name, value in state.items() if not name.startswith("mtp.")}
-    save_file(kept, scratch / "model.safetensors", metadata={"format": "pt"})
-    loaded = AutoModelForCausalLM.from_pretrained(
-        scratch,
-        config=AutoConfig.from_pretrained(scratch),
-        dtype=torch.float32,
-        attn_implementation="eager",
-        output_loading_info=True,
-    )
-    model, info = cast(tuple[torch.nn.Module, dict[str, Any]], loaded)
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
-    return model.eval()

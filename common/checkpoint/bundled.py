@@ -1,25 +1,15 @@
-"""The model that is served when none is named: random, tiny, complete, written once into a cache.
+"""The model that is served when none is named: random, tiny, whole, written once into a cache."""
 
-`python -m scission.common.checkpoint.bundled DIR` writes it into a folder of your own.
-"""
-
-import argparse
 import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scission.common.checkpoint.byte_tokenizer import (
-    build_tokenizer,
-    readable_ids,
-    tokenizer_config,
-    tokenizer_json,
-)
+from scission.common.checkpoint.byte_tokenizer import build_tokenizer, readable_ids
 from scission.common.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -30,11 +20,10 @@ logger = logging.getLogger(__name__)
 BUNDLED_NAME = "scission-tiny"
 _SEED = 20260424
 _HERE = Path(__file__).parent
-_ENCODING = _HERE / "bundled_encoding.py"
 # a change of any of these is a change of the model
 _MADE_BY = (
     Path(__file__),
-    _ENCODING,
+    _HERE / "bundled_encoding.py",
     _HERE / "byte_tokenizer.py",
     _HERE / "deepseek_v4.py",
     _HERE / "dummy.py",
@@ -145,14 +134,9 @@ def write_bundled(directory: Path) -> None:
     chats.
     """
     # only the first start writes the model, and only writing needs torch
-    from scission.common.checkpoint.write_deepseek_v4 import write_json, write_random_deepseek_v4
+    from scission.common.checkpoint.write_deepseek_v4 import write_random_deepseek_v4
 
     write_random_deepseek_v4(directory, BUNDLED_CONFIG, _SEED, shards=2, adjust=_make_readable)
-    (directory / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
-    max_length = BUNDLED_CONFIG["max_position_embeddings"]
-    write_json(directory / "tokenizer_config.json", tokenizer_config(max_length))
-    (directory / "encoding").mkdir()
-    shutil.copyfile(_ENCODING, directory / "encoding" / "encoding_dsv4.py")
 
 
 def _make_readable(name: str, values: "Tensor") -> "Tensor":
@@ -181,16 +165,3 @@ def _version() -> str:
 def _user_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "scission"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the bundled model into a folder.")
-    parser.add_argument("directory", type=Path, help="is made; must not exist")
-    directory = parser.parse_args().directory
-    if directory.exists():
-        parser.error(f"{directory} exists already")
-    write_bundled(directory)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,7 @@ model.
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scission.common.checkpoint.byte_tokenizer import (
+    build_tokenizer,
+    tokenizer_config,
+    tokenizer_json,
+)
 from scission.common.checkpoint.deepseek_v4 import (
     MatrixFormat,
     TensorSpec,
@@ -20,7 +26,10 @@ from scission.common.checkpoint.deepseek_v4 import (
 )
 from scission.common.checkpoint.dummy import seed_of
 from scission.common.checkpoint.headers import INDEX_NAME
+from scission.common.errors import CheckpointError
 from scission.kernels.quant import quantize_block_fp8, quantize_group_fp4
+
+_ENCODING = Path(__file__).parent / "bundled_encoding.py"
 
 Adjust = Callable[[str, Tensor], Tensor]
 
@@ -37,9 +46,9 @@ def write_random_deepseek_v4(
     stale_index_names: Sequence[str] = (),
     adjust: Adjust | None = None,
 ) -> None:
-    """Write the weights, index, config.json and generation_config.json of a random tiny model.
+    """Write a whole random model: weights, index, configs, tokenizer and the texts of its chats.
 
-    The same arguments give the same bytes. A tokenizer is not written (`bundled` does).
+    The same arguments give the same bytes.
 
     Args:
         directory: made if it does not exist.
@@ -51,6 +60,9 @@ def write_random_deepseek_v4(
         extra_tensors: written besides those of the table, such as a further MTP stage.
         stale_index_names: named by the index although no shard holds them.
         adjust: (name, values) -> values, called before quantisation.
+
+    Raises:
+        CheckpointError: a config without a field, or with fewer tokens than the tokenizer has.
     """
     table = tensor_table(config, experts=experts, wo_a=wo_a)
     tensors: dict[str, Tensor] = {}
@@ -70,6 +82,7 @@ def write_random_deepseek_v4(
         "top_p": 1.0,
     }
     write_json(directory / "generation_config.json", generation)
+    _write_chat_files(directory, config)
 
 
 def write_shards(
@@ -99,6 +112,20 @@ def write_shards(
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_chat_files(directory: Path, config: Mapping[str, Any]) -> None:
+    """The byte-level tokenizer, and the texts of chats with tools and effort."""
+    num_tokens = build_tokenizer().get_vocab_size()
+    if num_tokens > config["vocab_size"]:
+        raise CheckpointError(
+            f"vocab_size is {config['vocab_size']}; the tokenizer has {num_tokens} tokens"
+        )
+    (directory / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
+    described = tokenizer_config(config["max_position_embeddings"])
+    write_json(directory / "tokenizer_config.json", described)
+    (directory / "encoding").mkdir(exist_ok=True)
+    shutil.copyfile(_ENCODING, directory / "encoding" / "encoding_dsv4.py")
 
 
 def _random_tensors(

@@ -1,8 +1,6 @@
 """The bundled model: written once, whole, loadable, and with a tokenizer that loses nothing."""
 
 import ast
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -137,19 +135,3 @@ def test_the_weights_do_not_change_unnoticed(bundled: Path) -> None:
         content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
         other = (again / file.name).read_bytes()
         assert content.numpy().tobytes() == other
-
-
-def test_it_can_be_written_into_a_folder_of_one_s_own(tmp_path: Path) -> None:
-    module = "scission.common.checkpoint.bundled"
-    target = tmp_path / "mine"
-    for expected in (0, 2):
-        done = subprocess.run(
-            [sys.executable, "-m", module, str(target)],
-            env={"PYTHONPATH": "src"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == expected, done.stderr
-    assert "exists already" in done.stderr
-    assert inspect_checkpoint(target).problems == ()

@@ -1,6 +1,7 @@
 """Shards, their headers and index; writing and telling checkpoints apart."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,7 @@ def test_a_broken_shard_is_named(tmp_path: Path, content: bytes, named: str | No
 
 
 def test_a_shard_cut_short_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    for file in checkpoint.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     last = max(tmp_path.glob("*.safetensors"))
     last.write_bytes(last.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=f"{last.name} is cut short"):
@@ -109,5 +109,13 @@ def test_the_revision_sees_names_shapes_and_values(tmp_path: Path) -> None:
 def test_the_writer_is_deterministic(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_random_deepseek_v4(tmp_path / name, tiny_config(), seed=5)
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+    files = [file for file in (tmp_path / "a").rglob("*") if file.is_file()]
+    assert len(files) == 9
+    for file in files:
+        other = tmp_path / "b" / file.relative_to(tmp_path / "a")
+        assert file.read_bytes() == other.read_bytes(), file.name
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="vocab_size is 300; the tokenizer has 308 tokens"):
+        write_random_deepseek_v4(tmp_path, tiny_config(vocab_size=300), seed=1)
