@@ -7,7 +7,7 @@ export PYTHON CONSTRAINTS
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv up test test-gpu lint format protos clean
+.PHONY: help venv up test test-gpu lint format protos docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -36,6 +36,9 @@ format: venv  ## format and fix what can be fixed
 
 protos:  ## generate code from protos/*.proto
 	@bash scripts/make_protos.sh
+
+docs: venv  ## write docs/settings.md and docs/metrics.md from the code
+	$(BIN)/python scripts/make_docs.py
 
 clean:  ## remove what make built
 	rm -rf .venv .protoc build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -125,8 +125,8 @@ def run_main(
 def _options_of(setting: Setting, is_shown: bool) -> list[click.Parameter]:
     """The option, and a hidden one for each other spelling."""
     help = setting.help
-    if setting.default not in (None, (), ""):
-        help += f"  [{_show_default(setting)}]"
+    if default := show_default(setting):
+        help += f"  [{default}]"
     if setting.is_switch:
         negative = "--no-" + setting.flag.removeprefix("--")
         options = [
@@ -155,13 +155,18 @@ def _options_of(setting: Setting, is_shown: bool) -> list[click.Parameter]:
     return list(options)
 
 
-def _show_default(setting: Setting) -> str:
+def show_default(setting: Setting) -> str:
+    """The default as a user would write it; nothing when there is none."""
     default = setting.default
+    if default is None:
+        return ""
     if setting.is_list:
         return ", ".join(default)
+    if isinstance(default, bool):
+        return str(default).lower()
     if isinstance(default, int) and default >= 1 << 20 and default % (1 << 20) == 0:
-        return f"{default >> 20}MiB" if setting.field.endswith("bytes") else f"{default:_}"
-    return str(default).lower() if isinstance(default, bool) else str(default)
+        return f"{default >> 20}{'MiB' if 'bytes' in setting.field else 'M'}"
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _read(given: dict[str, Any]) -> Settings:

@@ -119,7 +119,7 @@ class Setting:
             return "|".join(typing.get_args(self.type))
         if self.field.endswith("_s"):
             return "SECONDS"
-        if self.field.endswith("bytes"):
+        if "bytes" in self.field:
             return "BYTES"
         return {int: "N", float: "X", Path: "PATH"}.get(self.type, "TEXT")
 
