@@ -99,6 +99,7 @@ async def generate_text(
                         if running:
                             await engine.stop_choice(request.request_id, delta.choice)
                 if not running:
+                    # cut short: closing the engine's generator cancels what it still draws
                     break
             elif isinstance(event, Finish):
                 if event.choice in running:
@@ -106,8 +107,6 @@ async def generate_text(
                     end = ChoiceEnd(event.reason, event.stop_token_id)
                     yield ChoiceDelta(event.choice, texts[event.choice].flush(), [], end)
                     timing.choice_ended(event.choice, event.reason)
-                if not running:
-                    break
             else:
                 timing.prompt_ready(event)
                 yield event
