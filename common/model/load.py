@@ -78,10 +78,9 @@ def load_model(
     numerics = Numerics(
         dtype=getattr(torch, options.dtype_on(device.type)), rounds=options.numerics == "deployed"
     )
+    load = _ARCHITECTURES[_architecture(raw)]
     source = open_source(options.model, options.load_format, options.seed)
-    architecture = _architecture(raw)
-    build = _ARCHITECTURES[architecture]
-    return build(options, raw, source, device, numerics, single_rank(), block_size)
+    return load(options, raw, source, device, numerics, single_rank(), block_size)
 
 
 def _load_deepseek_v4(

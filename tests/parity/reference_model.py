@@ -64,7 +64,8 @@ _COMPRESSOR = {
 def reference_model(directory: Path) -> DeepseekV4ForCausalLM:
     """The oracle on the weights of a checkpoint folder, with eager attention."""
     raw = read_json(directory / "config.json")
-    model: DeepseekV4ForCausalLM = DeepseekV4ForCausalLM(reference_config(raw)).eval()
+    model = DeepseekV4ForCausalLM(reference_config(raw))
+    model.train(False)
     state = _renamed(dequantized_state(directory), int(raw["n_routed_experts"]))  # type: ignore[call-overload]
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and not missing, (missing, unexpected)
