@@ -14,12 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scission.common.errors import PayloadTooLargeError
 from scission.common.metrics import HttpMetrics
-from scission.services.gateway.openai.context import Caller
+from scission.services.gateway.openai.context import CALLER_KEY, Caller
 from scission.services.gateway.openai.errors import response_of
 
 logger = logging.getLogger(__name__)
 
-CALLER_KEY = "scission.caller"
 MAX_REQUEST_ID_CHARS = 128
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 QUIET_PATHS = frozenset({"/health", "/ready", "/readyz", "/ping", "/metrics", "/load"})
@@ -60,7 +59,9 @@ class HttpEdge:
             if is_started:
                 raise
             if not isinstance(error, PayloadTooLargeError):
-                logger.exception("%s %s failed", scope["method"], scope["path"])
+                logger.exception(
+                    "%s %s failed request_id=%s", scope["method"], scope["path"], request_id
+                )
             await response_of(error)(scope, receive, send_marked)
         finally:
             seconds = time.monotonic() - arrival

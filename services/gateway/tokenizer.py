@@ -219,9 +219,6 @@ class TextEncoder:
         finally:
             self._num_waiting -= 1
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
 
 def _is_byte_level(decoder: object) -> bool:
     if not isinstance(decoder, dict):

@@ -123,7 +123,7 @@ class ChatJob:
         context.model.check_name(body.model)
         check_body(body, context)
         check_logprobs("top_logprobs", body.top_logprobs, context)
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         rendered = context.chat_format.render(read_conversation(body))
         token_ids = await context.encoder.encode(

@@ -104,14 +104,17 @@ class CompletionJob:
         check_body(body, context)
         check_logprobs("logprobs", body.logprobs, context)
         num_drawn = _check_best_of(body, context)
-        if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+        max_tokens = body.max_tokens
+        if max_tokens is None:
+            max_tokens = body.max_completion_tokens
+        if max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
             raise RequestError(
                 "max_tokens 0 asks for nothing unless echo or prompt_logprobs is set",
                 param="max_tokens",
             )
         echoed_logprobs = body.logprobs if body.echo else None
         wishes = Wishes(
-            max_tokens=body.max_tokens,
+            max_tokens=max_tokens,
             default_max_tokens=DEFAULT_COMPLETION_TOKENS,
             logprobs=0 if body.logprobs is None and num_drawn > (body.n or 1) else body.logprobs,
             prompt_logprobs=max(

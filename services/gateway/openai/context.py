@@ -10,6 +10,8 @@ from scission.services.gateway.engine import Engine, RequestIds
 from scission.services.gateway.served_model import ServedModel
 from scission.services.gateway.tokenizer import TextEncoder, Tokenizer
 
+CALLER_KEY = "scission.caller"  # where the edge leaves the Caller in the ASGI scope
+
 
 @dataclass(frozen=True, slots=True)
 class ServingContext:

@@ -12,7 +12,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from scission.common.errors import CancelledError, ScissionError
+from scission.common.errors import ScissionError
+from scission.services.gateway.openai.context import CALLER_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,12 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ScissionError)
     async def ours(request: Request, error: ScissionError) -> Response:
-        if error.http_status >= 500 and not isinstance(error, CancelledError):
-            logger.warning("%s %s: %s", request.method, request.url.path, error.message)
+        if error.http_status >= 500:
+            logger.warning(
+                "%s %s failed: %s request_id=%s",
+                *(request.method, request.url.path, error.message),
+                request.scope[CALLER_KEY].external_id,
+            )
         return response_of(error)
 
     @app.exception_handler(RequestValidationError)

@@ -76,6 +76,7 @@ class EventStream(StreamingResponse):
         keep_alive_s: float,
         timeout_s: float,
         on_error: Callable[[Exception], None],
+        request_id: str,
     ) -> None:
         """`timeout_s` bounds the whole response: a client that stops reading is cut off by then."""
         super().__init__(events, headers=HEADERS, media_type="text/event-stream")
@@ -83,6 +84,7 @@ class EventStream(StreamingResponse):
         self._keep_alive_s = keep_alive_s
         self._timeout_s = timeout_s
         self._on_error = on_error
+        self._request_id = request_id  # for the log
         self._is_started = False
         self._num_writes = 0
         self._lock = asyncio.Lock()
@@ -107,9 +109,9 @@ class EventStream(StreamingResponse):
         except Exception as error:
             self._on_error(error)
             if isinstance(error, ScissionError):
-                logger.warning("a stream ended with an error: %s", error.message)
+                logger.warning("request_id=%s stream failed: %s", self._request_id, error.message)
             else:
-                logger.exception("a stream failed")
+                logger.exception("request_id=%s stream failed", self._request_id)
             if not self._is_started:
                 await response_of(error)(scope, receive, send)
                 return

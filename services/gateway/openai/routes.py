@@ -6,10 +6,9 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from scission.common.errors import ScissionError
-from scission.services.gateway.http_edge import CALLER_KEY
 from scission.services.gateway.openai.chat import ChatJob
 from scission.services.gateway.openai.completions import CompletionJob
-from scission.services.gateway.openai.context import Caller, ServingContext
+from scission.services.gateway.openai.context import CALLER_KEY, Caller, ServingContext
 from scission.services.gateway.openai.conversation import read_conversation
 from scission.services.gateway.openai.event_stream import EventStream, while_connected
 from scission.services.gateway.openai.fields import check_other_fields
@@ -55,6 +54,7 @@ def make_openai_router(context: ServingContext) -> APIRouter:
                     keep_alive_s=context.options.keep_alive_s,
                     timeout_s=context.options.request_timeout_s + READING_GRACE_S,
                     on_error=_count_error,
+                    request_id=caller.external_id,
                 )
             return _json(await while_connected(request.receive, job.collect()))
         except ScissionError as error:

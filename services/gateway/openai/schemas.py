@@ -132,6 +132,7 @@ class GenerationBody(_Body):
 class CompletionBody(GenerationBody):
     prompt: Annotated[Prompt, BeforeValidator(_check_prompt), _ANY_PROMPT]
     max_tokens: int | None = Field(None, ge=0)
+    max_completion_tokens: int | None = Field(None, ge=0, description="as max_tokens")
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0)
     best_of: int | None = Field(None, ge=1)

@@ -80,4 +80,3 @@ async def test_long_texts_are_encoded_off_the_event_loop_and_bounded() -> None:
     assert await encoder.encode("hello", add_special_tokens=False) == TOKENIZER.encode(
         "hello", add_special_tokens=False
     )
-    encoder.close()
