@@ -204,6 +204,7 @@ class PrefillEngine:
         self._next_beat = now + self._beat_s
         self._streams.beat(self._load)
         self._meters.beat(self._store, self._load, len(self._retention))
+        self._meters.transfers(self._handoff.num_in_flight, self._handoff.stats())
 
     # --- calls
 
@@ -262,7 +263,7 @@ class PrefillEngine:
             raise CancelledError(f"attempt {message.attempt} was superseded by {request.attempt}")
         if redirect.deadline <= now:
             raise DeadlineError("the deadline had passed when the redirect arrived")
-        self._handoff.abort(request, "superseded")
+        self._abort(request, "superseded")
         request.attempt = message.attempt
         request.destination = parse_destination(message.destination)
         request.deadline = redirect.deadline
@@ -313,7 +314,7 @@ class PrefillEngine:
             return
         self._meters.prefill.expired_leases.inc()
         self._retry(request, "no_grant", "no decode granted room within the lease")
-        self._drop(request, "no_grant", "retry")
+        self._drop(request, "cancelled", "retry")
 
     def _keep(self, request: Request) -> None:
         """Retain under a lease, which does not run while a granted transfer does."""
@@ -362,10 +363,15 @@ class PrefillEngine:
     def _lost(self, request: Request, cause: str, reason: str, detail: str) -> None:
         """The transfer has ended, the state has not: the gateway names another decode for it."""
         request.transfer = None
-        self._meters.transfer.failures(cause).inc()
+        self._meters.lost(cause)
         self._retry(request, reason, detail, is_state_retained=True)
         if request.phase is Phase.RETAINED:
             self._keep(request)
+
+    def _abort(self, request: Request, reason: str) -> None:
+        if request.transfer is not None:
+            self._meters.aborted(reason)
+            self._handoff.abort(request, reason)
 
     # --- one step
 
@@ -406,6 +412,8 @@ class PrefillEngine:
         def on_layers(first: int, last: int) -> None:
             for chunk in chunks:
                 self._handoff.offer(chunk.request, (first, last), (chunk.start, chunk.end))
+            # a long step shows that it goes on: silence would end all attempts here
+            self._beat()
 
         logits = split_logits(laid_out, self._runner.forward(laid_out, on_layers))
         for chunk in chunks:
@@ -511,11 +519,11 @@ class PrefillEngine:
         for request in requests:
             if self._requests.get(request.request_id) is request:
                 self._end(request, inference_pb2.RequestEvent(failed=failed))
-                self._drop(request, "failed", "failed")
+                self._drop(request, "internal", "failed")
 
     def _drop(self, request: Request, abort_reason: str, outcome: str) -> None:
         """Forget the request and free its state, but for what a transfer may still read."""
-        self._handoff.abort(request, abort_reason)
+        self._abort(request, abort_reason)
         self._scheduler.remove(request)
         self._retention.remove(request)
         if request.state is not None:

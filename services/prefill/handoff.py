@@ -4,7 +4,7 @@ The bytes are the sender's (common/transfer); here is which rows it may read and
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -52,6 +52,8 @@ class StateSender(Protocol):
 
     def poll(self) -> list[SenderEvent]: ...
 
+    def stats(self) -> Mapping[str, int]: ...
+
     def close(self) -> None: ...
 
 
@@ -81,6 +83,14 @@ class Handoff:
     def num_open(self) -> int:
         """Transfers that are not closed: ended ones whose rows are still read count."""
         return len(self._transfers)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Transfers that are granted and go on."""
+        return sum(
+            transfer.grant_wait_s is not None and transfer.request.transfer is transfer
+            for transfer in self._transfers.values()
+        )
 
     def open(self, request: "Request") -> None:
         """RESERVE at the request's destination, and offer the rows that are computed already."""
@@ -125,10 +135,10 @@ class Handoff:
         self._sender.finish(request.transfer.handle, sequences, request.first_token_at)
 
     def abort(self, request: "Request", reason: str) -> None:
-        """End the request's transfer, if one is open."""
-        if request.transfer is not None:
-            self._sender.abort(request.transfer.handle, reason)
-            request.transfer = None
+        """End the request's transfer."""
+        assert request.transfer is not None
+        self._sender.abort(request.transfer.handle, reason)
+        request.transfer = None
 
     def poll(self) -> Sequence[tuple["Request", SenderEvent]]:
         """What happened to open transfers; what comes of ended ones is dropped."""
@@ -145,6 +155,10 @@ class Handoff:
                     transfer.grant_wait_s = event.wait_s
                 found.append((transfer.request, event))
         return found
+
+    def stats(self) -> Mapping[str, int]:
+        """The sender's running totals."""
+        return self._sender.stats()
 
     def close(self) -> None:
         self._sender.close()

@@ -121,6 +121,9 @@ class FakeSender:
         events, self._events = self._events, []
         return events
 
+    def stats(self) -> dict[str, int]:
+        return {"reships": 0, "stalls": 1, "dropped_messages": 0}
+
     def close(self) -> None:
         for handle in list(self.sent):
             self.end(handle)

@@ -406,7 +406,7 @@ def test_without_a_grant_the_state_is_kept_until_the_lease_ends() -> None:
     (retry,) = prefill.events("a", "retry")
     assert retry.reason == "no_grant" and not retry.is_state_retained
     assert prefill.metric("retention_leases_expired_total") == 1
-    assert prefill.sender.sent[prefill.handle("a")].abort_reason == "no_grant"
+    assert prefill.sender.sent[prefill.handle("a")].abort_reason == "cancelled"
     prefill.sender.end(prefill.handle("a"))
     prefill.turn()
     prefill.assert_drained()
@@ -725,6 +725,25 @@ def test_the_loop_beats_each_half_second_with_its_load() -> None:
     assert load.expected_wait_s > 0 or load.queued_tokens == 0
     assert load.total_blocks == 64
     assert prefill.metric("kv_blocks", state="active") == 10
+    assert prefill.metric("kv_transfer_stalls_total") == 1
+    assert prefill.metric("kv_transfers_in_flight") == 0
+    prefill.sender.grant(prefill.handle("a"))
+    prefill.advance(0.5)
+    assert prefill.metric("kv_transfers_in_flight") == 1
+
+
+def test_a_long_step_beats_between_its_layers() -> None:
+    prefill = Prefill()
+    prefill.submit("a", PROMPT)
+    offer = prefill.sender.piece_ready
+
+    def slow(*args: object) -> None:
+        prefill.now += 0.6
+        offer(*args)  # type: ignore[arg-type]
+
+    prefill.sender.piece_ready = slow  # type: ignore[method-assign]
+    prefill.turn()
+    assert len(prefill.streams.beats) == 2
 
 
 def test_all_events_of_a_turn_for_a_gateway_travel_together() -> None:
