@@ -315,7 +315,7 @@ def test_a_schedule_of_several_replays_bit_for_bit(
     assert max(len(batch) for batch in cluster.batches) >= 2
     alone = OneProcess(loaded)
     sequences = {name: alone.new_sequence() for name in lengths}
-    by_slot = {slot: name for slot, name in enumerate(lengths, start=1)}
+    by_slot = dict(enumerate(lengths, start=1))
     logits: dict[str, Tensor] = {}
     for batch in cluster.batches:
         fed = []
