@@ -1,0 +1,60 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scission.common.config import ModelOptions
+from scission.common.errors import CheckpointError, ConfigError
+from scission.services.gateway.model_folder import read_model_folder
+from tests.unit.services.gateway.text_fixtures import tokenizer_json
+
+CONFIG = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "vocab_size": 300,
+    "max_position_embeddings": 1000,
+    "eos_token_id": 1,
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    (folder / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
+    return folder
+
+
+def test_limits_come_from_the_config_and_the_options(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    found = read_model_folder(ModelOptions(folder)).model
+    assert (found.max_model_len, found.vocab_size, found.eos_token_ids) == (1000, 300, {1})
+    assert found.name == tmp_path.name
+    options = ModelOptions(folder, served_model_name=("a", "b"), max_model_len=50)
+    found = read_model_folder(options).model
+    assert (found.names, found.root, found.max_model_len) == (("a", "b"), "a", 50)
+
+
+def test_both_configs_name_end_of_sequence_ids(tmp_path: Path) -> None:
+    folder = write(tmp_path, eos_token_id=[1, 7])
+    (folder / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert read_model_folder(ModelOptions(folder)).model.eos_token_ids == {1, 7, 9}
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"architectures": ["OtherForCausalLM"]}, "no chat format"),
+        ({"vocab_size": 200}, "vocab_size is 200"),
+        ({"vocab_size": "300"}, "vocab_size must be"),
+        ({"max_position_embeddings": None}, "max_position_embeddings must be"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_model_folder(ModelOptions(write(tmp_path, **changes)))
+
+
+def test_a_context_longer_than_the_models_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1001"):
+        read_model_folder(ModelOptions(write(tmp_path), max_model_len=1001))
