@@ -1,4 +1,4 @@
-"""What the gateway reads of a checkpoint's folder: limits, tokenizer and chat format; no weights."""
+"""What the gateway reads of a checkpoint: limits, tokenizer and chat format; no weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -26,7 +26,11 @@ def write(folder: Path, **changes: Any) -> Path:
 def test_limits_come_from_the_config_and_the_options(tmp_path: Path) -> None:
     folder = write(tmp_path)
     found = read_model_folder(ModelOptions(folder)).model
-    assert (found.max_model_len, found.vocab_size, found.eos_token_ids) == (1000, 300, {1})
+    assert (found.max_model_len, found.vocab_size, found.eos_token_ids) == (
+        1000,
+        300,
+        frozenset({1}),
+    )
     assert found.name == tmp_path.name
     options = ModelOptions(folder, served_model_name=("a", "b"), max_model_len=50)
     found = read_model_folder(options).model
@@ -36,7 +40,7 @@ def test_limits_come_from_the_config_and_the_options(tmp_path: Path) -> None:
 def test_both_configs_name_end_of_sequence_ids(tmp_path: Path) -> None:
     folder = write(tmp_path, eos_token_id=[1, 7])
     (folder / "generation_config.json").write_text('{"eos_token_id": 9}')
-    assert read_model_folder(ModelOptions(folder)).model.eos_token_ids == {1, 7, 9}
+    assert read_model_folder(ModelOptions(folder)).model.eos_token_ids == frozenset({1, 7, 9})
 
 
 @pytest.mark.parametrize(
