@@ -112,12 +112,9 @@ def set_up_logging(options: LogOptions, role: str, stream: TextIO | None = None)
     root.handlers[:] = [handler]
     root.setLevel(options.level.upper())
     logging.captureWarnings(True)
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
-        # uvicorn brings handlers of its own, and one access line a request that the gateway writes
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = name != "uvicorn.access"
-    for name in ("asyncio", "grpc", "urllib3", "httpx", "filelock"):
+    # the gateway writes the lines about its requests and its start itself
+    logging.getLogger("uvicorn.access").propagate = False
+    for name in ("uvicorn", "asyncio", "grpc", "urllib3", "httpx", "filelock"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 
