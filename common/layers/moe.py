@@ -62,14 +62,17 @@ class ExpertStack:
         w3: Sequence[Matrix],
         limit: float,
         numerics: Numerics,
+        num_shared: int = 0,
     ) -> None:
         """
         Args:
             w1, w2, w3: stacked matrices [experts, out, in], or single ones, in order of expert.
             limit: of the activation.
+            num_shared: the last experts, which every token takes.
         """
         self._matrices = (tuple(w1), tuple(w2), tuple(w3))
         self._limit = limit
+        self._num_shared = num_shared
         self._dtype = numerics.dtype
         self._round_block = LINEAR_BLOCK if _rounds(w1[0], numerics) else None
         is_kept = w1[0].codes.device.type == "cpu"
@@ -78,7 +81,7 @@ class ExpertStack:
             self._matrices = ((), (), ())
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """[num_tokens, dim] -> [num_tokens, dim] float32: the weighted sum of the given experts.
+        """[num_tokens, dim] -> [num_tokens, dim] float32: the given experts and the shared ones.
 
         Args:
             experts: [num_tokens, k] int64, numbers in this stack; `weights`: float32.
@@ -86,7 +89,9 @@ class ExpertStack:
         w13, w2 = self._values if self._values is not None else self._decode()
         if self._round_block is not None:
             x = round_trip_fp8(x, self._round_block)
-        return run_experts(x, experts, weights, w13, w2, self._limit, self._round_block)
+        return run_experts(
+            x, experts, weights, w13, w2, self._limit, self._round_block, self._num_shared
+        )
 
     def _decode(self) -> tuple[Tensor, Tensor]:
         w1, w2, w3 = (
@@ -101,8 +106,7 @@ class ExpertStack:
 class MoE:
     """Router, routed experts and one shared expert; expert parallel by contiguous ranges.
 
-    Where it can be, the shared expert is one more expert of the stack, which every token is routed
-    to with weight 1.
+    Where it can be, the shared expert is the last one of the stack.
     """
 
     def __init__(
@@ -136,7 +140,7 @@ class MoE:
         self._shared: ExpertStack | None = None
         if axis.size == 1 and _rounds(w1, numerics) == _rounds(shared_w1, numerics):
             self._experts = ExpertStack(
-                (w1, shared_w1), (w2, shared_w2), (w3, shared_w3), limit, numerics
+                (w1, shared_w1), (w2, shared_w2), (w3, shared_w3), limit, numerics, num_shared=1
             )
         else:
             self._experts = ExpertStack((w1,), (w2,), (w3,), limit, numerics)
@@ -150,8 +154,6 @@ class MoE:
         """
         experts, weights = self._router(x, token_ids)
         if self._shared is None:
-            experts = F.pad(experts, (0, 1), value=self._num_local)
-            weights = F.pad(weights, (0, 1), value=1.0)
             return self._experts(x, experts, weights).to(self._dtype)
         if self._axis.size > 1:
             experts = experts - self._first

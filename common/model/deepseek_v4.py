@@ -92,6 +92,7 @@ class DeepseekV4:
             window=config.sliding_window,
             block_size=block_size,
             overlaps={ratio: ratio == CSA for ratio in sorted(set(config.layer_ratios) - {DENSE})},
+            limits={CSA: config.index_topk, HCA: None},
             plain_frequencies=rope_frequencies(rope_dim, config.rope_theta).to(w.device),
             compressed_frequencies=rope_frequencies(
                 rope_dim, config.compress_rope_theta, config.rope_scaling
@@ -238,18 +239,18 @@ class Attention:
     def __call__(self, x: Tensor, plan: StepPlan, state: "LayerState | None") -> Tensor:
         """[num_tokens, d], normalised -> [num_tokens, d]."""
         rotation = plan.plain_rotation if self._ratio == DENSE else plan.compressed_rotation
-        qr, kv = torch.split(self._wq_a_wkv(x), self._q_kv_split, dim=-1)
+        qr, kv = torch.split_with_sizes(self._wq_a_wkv(x), self._q_kv_split, dim=-1)
         qr, kv = self._q_norm(qr), self._kv_norm(kv)
         q = self._wq_b(qr).view(x.shape[0], -1, self._head_dim)
         q = rotate_(rms_norm(q, None, self._eps), rotation.forward)
         kv = self._numerics.round_kv(rotate_(kv, rotation.forward), self._rope_dim)
 
-        bias, entry_rows = plan.window.bias, None
-        if state is not None and self._compressor is not None:
-            entry_rows, entry_bias = self._compress(x, qr, plan, state)
-            if entry_bias is not None:
-                bias = torch.cat([bias, entry_bias], dim=1)
-        entries = state.entries if state is not None and entry_rows is not None else None
+        bias, entries, entry_rows = plan.window.bias, None, None
+        if self._compressor is not None and state is not None:
+            entry_rows = self._compress(x, qr, plan, state)
+            seen = plan.entries[self._ratio]
+            if seen is not None:
+                bias, entries = seen.attention_bias, state.entries
 
         ring = state.window if state is not None else None
         if ring is not None and plan.window.look_back is None:
@@ -271,21 +272,19 @@ class Attention:
 
     def _compress(
         self, x: Tensor, qr: Tensor, plan: StepPlan, state: "LayerState"
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Bring the compressed entries up to date; the rows that queries attend to, and a bias."""
+    ) -> Tensor | None:
+        """Bring the compressed entries up to date; the rows that queries attend to, if any."""
         assert self._compressor is not None and state.compressor is not None
-        projected = torch.split(self._states(x.float()), self._state_widths, dim=-1)
+        projected = torch.split_with_sizes(self._states(x.float()), self._state_widths, dim=-1)
         self._compressor(projected[0], projected[1], plan, state.compressor)
         if self._indexer is not None:
             assert state.indexer is not None
             self._indexer.compressor(projected[3], projected[4], plan, state.indexer)
         seen = plan.entries[self._ratio]
-        if seen is None:
-            return None, None
-        if self._indexer is not None and seen.rows.shape[1] > self._indexer.top_k:
-            assert state.indexer is not None
-            return self._indexer(qr, projected[2], plan, state.indexer.entries)
-        return seen.rows.index_select(0, plan.sequences), seen.bias
+        if seen is None or seen.attended is not None:
+            return seen.attended if seen is not None else None
+        assert self._indexer is not None and state.indexer is not None
+        return self._indexer(qr, projected[2], plan, state.indexer.entries)
 
 
 class Compressor:
@@ -343,7 +342,7 @@ class Indexer:
 
     def __init__(self, w: Weights, config: DeepseekV4Config, numerics: Numerics) -> None:
         heads, dim, d = config.index_n_heads, config.index_head_dim, config.hidden_size
-        self.top_k = config.index_topk
+        self._top_k = config.index_topk
         self.compressor = Compressor(
             w.scope("compressor"), config, CSA, dim, numerics, is_index=True
         )
@@ -353,10 +352,8 @@ class Indexer:
         self._scale = dim**-0.5 * heads**-0.5
         self._numerics = numerics
 
-    def __call__(
-        self, qr: Tensor, head_weights: Tensor, plan: StepPlan, keys: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The rows of the best top_k entries of each query, and their bias; [num_tokens, top_k].
+    def __call__(self, qr: Tensor, head_weights: Tensor, plan: StepPlan, keys: Tensor) -> Tensor:
+        """The rows of the best entries of each query: [num_tokens, top_k] int64.
 
         Args:
             qr: [num_tokens, q_lora], the attention's normalised low-rank query.
@@ -371,9 +368,7 @@ class Indexer:
         scores = score_entries(
             q, head_weights * self._scale, keys, seen.rows, plan.sequences, seen.bias
         )
-        rows = pick_rows(scores, seen.rows, plan.sequences, self.top_k)
-        # as many of the first picks are visible as of the first entries
-        return rows, seen.bias[:, : self.top_k]
+        return pick_rows(scores, seen.rows, plan.sequences, self._top_k)
 
 
 class MultiTokenPredictor:

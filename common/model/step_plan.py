@@ -69,6 +69,8 @@ class EntryPlan:
 
     rows: Tensor  # [num_seqs, max_entries] int64
     bias: Tensor  # [num_tokens, max_entries] float32: -inf where not (yet) visible
+    attended: Tensor | None  # [num_tokens, max_entries] int64; None: a choice of them is
+    attention_bias: Tensor  # [num_tokens, window and attended entries] float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class PlanGeometry:
     window: int
     block_size: int
     overlaps: Mapping[int, bool]  # by compression ratio
+    limits: Mapping[int, int | None]  # by compression ratio: entries attended to; None: all
     plain_frequencies: Tensor  # [rope_dim / 2] float32, on the device
     compressed_frequencies: Tensor
 
@@ -106,33 +109,39 @@ def plan_step(
     batch: ForwardBatch, geometry: PlanGeometry, *, keeps_window: bool = True
 ) -> StepPlan:
     """Plan a batch; without `keeps_window` every window is the chunk's own tokens."""
-    device = batch.positions.device
     ring_sizes = {geometry.window} | {
         ratio * (1 + overlap) for ratio, overlap in geometry.overlaps.items()
     }
+    is_in_place = keeps_window and _is_single_token(batch)
+    window = _plan_window(batch, geometry.window, is_in_place=is_in_place)
+    plain, compressed = _plan_rotations(batch.positions, geometry)
     return StepPlan(
         token_ids=batch.token_ids,
         sequences=batch.sequences,
-        plain_rotation=_rotation(batch.positions, geometry.plain_frequencies),
-        compressed_rotation=_rotation(batch.positions, geometry.compressed_frequencies),
-        window=_plan_window(
-            batch, geometry.window, is_in_place=keeps_window and _is_single_token(batch)
-        ),
+        plain_rotation=plain,
+        compressed_rotation=compressed,
+        window=window,
         ring_writes={size: _plan_ring_writes(batch, size) for size in ring_sizes},
         compressions={
             ratio: _plan_compression(batch, geometry, ratio, overlap)
             for ratio, overlap in geometry.overlaps.items()
         },
         entries={
-            ratio: _plan_entries(batch, geometry.block_size, ratio, device)
-            for ratio in geometry.overlaps
+            ratio: _plan_entries(batch, geometry, ratio, window.bias) for ratio in geometry.overlaps
         },
     )
 
 
-def _rotation(positions: Tensor, frequencies: Tensor) -> Rotation:
+def _plan_rotations(positions: Tensor, geometry: PlanGeometry) -> tuple[Rotation, Rotation]:
+    """By plain frequencies, and by those of layers with compressed entries."""
+    frequencies = torch.cat([geometry.plain_frequencies, geometry.compressed_frequencies])
     forward = rotations(positions, frequencies)
-    return Rotation(forward, forward.conj_physical())
+    inverse = forward.conj_physical()
+    num_pairs = geometry.plain_frequencies.shape[0]
+    return (
+        Rotation(forward[:, :num_pairs], inverse[:, :num_pairs]),
+        Rotation(forward[:, num_pairs:], inverse[:, num_pairs:]),
+    )
 
 
 def _is_single_token(batch: ForwardBatch) -> bool:
@@ -215,15 +224,17 @@ def _plan_compression(
 
 
 def _plan_entries(
-    batch: ForwardBatch, block_size: int, ratio: int, device: torch.device
+    batch: ForwardBatch, geometry: PlanGeometry, ratio: int, window_bias: Tensor
 ) -> EntryPlan | None:
+    device = batch.positions.device
     counts = [max(end, 0) // ratio for end in batch.ends]
     max_entries = max(counts)
     if not max_entries:
         return None
     numbers = torch.arange(max_entries, device=device)
     sequences = torch.arange(len(counts), device=device).unsqueeze(1)
-    rows = _paged_rows(batch, sequences, numbers.unsqueeze(0), block_size // ratio)
+    rows_per_block = geometry.block_size // ratio
+    rows = _paged_rows(batch, sequences, numbers.unsqueeze(0), rows_per_block)
     if min(counts) < max_entries:
         num_complete = (batch.context_lens // ratio).unsqueeze(1)
         some_complete = rows[counts.index(max_entries), 0]
@@ -231,7 +242,13 @@ def _plan_entries(
     num_visible = (batch.positions + 1) // ratio
     is_hidden = numbers >= num_visible.unsqueeze(1)
     bias = torch.zeros(is_hidden.shape, device=device).masked_fill_(is_hidden, _ABSENT)
-    return EntryPlan(rows, bias)
+    limit = geometry.limits[ratio]
+    if limit is not None and max_entries > limit:
+        # as many of the best entries are visible as of the first
+        attention_bias = torch.cat([window_bias, bias[:, :limit]], dim=1)
+        return EntryPlan(rows, bias, None, attention_bias)
+    attended = rows.index_select(0, batch.sequences)
+    return EntryPlan(rows, bias, attended, torch.cat([window_bias, bias], dim=1))
 
 
 def _look_back(batch: ForwardBatch, firsts: Sequence[int], size: int) -> tuple[Tensor, Tensor]:

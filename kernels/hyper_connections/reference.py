@@ -52,11 +52,12 @@ def _sinkhorn(comb: Tensor, n: int, eps: float, num_iterations: int) -> Tensor:
     on the CPU costs a third of a reduction, an addition and a broadcast division.
     """
     sum_rows, sum_columns, eps_row = _sinkhorn_constants(n, eps, comb.device)
-    sums = torch.addmm(eps_row, comb, sum_columns)
-    comb.div_(sums)
+    addmm, divide = torch.addmm, comb.div_
+    sums = addmm(eps_row, comb, sum_columns)
+    divide(sums)
     for _ in range(num_iterations - 1):
-        comb.div_(torch.addmm(eps_row, comb, sum_rows, out=sums))
-        comb.div_(torch.addmm(eps_row, comb, sum_columns, out=sums))
+        divide(addmm(eps_row, comb, sum_rows, out=sums))
+        divide(addmm(eps_row, comb, sum_columns, out=sums))
     return comb
 
 

@@ -53,6 +53,7 @@ def run_experts(
     w2: Tensor,
     limit: float,
     round_block: int | None,
+    num_shared: int = 0,
 ) -> Tensor:
     """sum_e weight_e * w2_e (silu(min(a, limit)) * clip(b, -limit, limit)), (a | b) = w13_e x.
 
@@ -65,6 +66,7 @@ def run_experts(
         w2: [num_experts, dim, inner].
         limit: of the activation.
         round_block: block of the e4m3 round trip of what w2 takes; None: no rounding.
+        num_shared: the last experts, which every token takes besides, with weight 1.
 
     Returns:
         [num_tokens, dim] float32, summed in fp32.
@@ -78,4 +80,4 @@ def run_experts(
             f"experts {list(experts.shape)} and float32 weights must be alike, "
             f"got {weights.dtype} {list(weights.shape)}"
         )
-    return reference.run_experts(x, experts, weights, w13, w2, limit, round_block)
+    return reference.run_experts(x, experts, weights, w13, w2, limit, round_block, num_shared)

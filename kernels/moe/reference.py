@@ -25,21 +25,33 @@ def run_experts(
     w2: Tensor,
     limit: float,
     round_block: int | None,
+    num_shared: int,
 ) -> Tensor:
     num_tokens, k = experts.shape
+    shared = range(w13.shape[0] - num_shared, w13.shape[0])
     active, counts, order = _group(experts)
-    inputs = [x] * k
-    if order is not None:
-        inputs = list(torch.split(x.index_select(0, order // k), counts))
+    if order is None:
+        inputs = [x] * k
+    else:
+        inputs = list(torch.split_with_sizes(x.index_select(0, order // k), counts))
         weights = weights.flatten().index_select(0, order)
+    active += shared
+    inputs += [x] * num_shared
+    counts += [num_tokens] * num_shared
     # a product an expert: a batched one of few rows is several times slower on a CPU
     inner = torch.cat([F.linear(part, w13[e]) for e, part in zip(active, inputs, strict=True)])
     inner = _activate(inner, weights.view(-1, 1), limit, round_block)
-    parts = torch.split(inner, counts)
-    outputs = torch.cat([F.linear(part, w2[e]) for e, part in zip(active, parts, strict=True)])
-    if order is not None:
-        outputs = torch.empty_like(outputs).index_copy_(0, order, outputs)
-    return outputs.view(num_tokens, k, -1).sum(1, dtype=torch.float32)
+    parts = torch.split_with_sizes(inner, counts)
+    outputs = [F.linear(part, w2[e]) for e, part in zip(active, parts, strict=True)]
+    if order is None:
+        return torch.cat(outputs).sum(0, keepdim=True, dtype=torch.float32)
+    num_routed = len(outputs) - num_shared
+    sorted_outputs = torch.cat(outputs[:num_routed])
+    routed = torch.empty_like(sorted_outputs).index_copy_(0, order, sorted_outputs)
+    total = routed.view(num_tokens, k, -1).sum(1, dtype=torch.float32)
+    for output in outputs[num_routed:]:
+        total += output
+    return total
 
 
 def _group(experts: Tensor) -> tuple[list[int], list[int], Tensor | None]:
@@ -55,10 +67,11 @@ def _group(experts: Tensor) -> tuple[list[int], list[int], Tensor | None]:
 
 
 def _activate(inner: Tensor, weights: Tensor, limit: float, round_block: int | None) -> Tensor:
-    """inner: [pairs, 2 * width] -> [pairs, width], fp32 inside."""
+    """inner: [rows, 2 * width] -> [rows, width], fp32 inside; `weights` are of the first rows."""
     a, b = inner.float().chunk(2, dim=-1)
     # the gate is clipped from above only
-    product = F.silu(a.clamp(max=limit)).mul_(b.clamp(-limit, limit)).mul_(weights)
+    product = F.silu(a.clamp(max=limit)).mul_(b.clamp(-limit, limit))
+    product[: weights.shape[0]] *= weights
     product = product.to(inner.dtype)
     return product if round_block is None else round_trip_fp8(product, round_block)
 

@@ -11,7 +11,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     y = values * inverse_rms(values, eps)
     if weight is not None:
         y.mul_(weight)
-    return y.to(x.dtype)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -10,12 +10,14 @@ def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
+    num_pairs = rotation.shape[-1]
     if x.dim() == 3:
         rotation = rotation.unsqueeze(1)
-    tail = x[..., -2 * rotation.shape[-1] :]
+    # [.., dim / 2, 2]
+    pairs = x.view(*x.shape[:-1], -1, 2)
     if x.dtype == torch.float32:
-        torch.view_as_complex(tail.unflatten(-1, (-1, 2))).mul_(rotation)
+        torch.view_as_complex(pairs)[..., -num_pairs:].mul_(rotation)
     else:
-        pairs = torch.view_as_complex(tail.float().unflatten(-1, (-1, 2)))
-        tail.copy_(torch.view_as_real(pairs * rotation).flatten(-2))
+        turned = torch.view_as_complex(pairs[..., -num_pairs:, :].float()) * rotation
+        pairs[..., -num_pairs:, :] = torch.view_as_real(turned)
     return x

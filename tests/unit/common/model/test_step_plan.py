@@ -9,7 +9,9 @@ from scission.common.model.step_plan import PlanGeometry, StepPlan, plan_step
 
 WINDOW, BLOCK = 16, 128
 FREQUENCIES = torch.tensor([1.0, 0.5])
-GEOMETRY = PlanGeometry(WINDOW, BLOCK, {4: True, 128: False}, FREQUENCIES, FREQUENCIES)
+GEOMETRY = PlanGeometry(
+    WINDOW, BLOCK, {4: True, 128: False}, {4: 20, 128: None}, FREQUENCIES, FREQUENCIES
+)
 CPU = torch.device("cpu")
 NEVER = float("-inf")
 
