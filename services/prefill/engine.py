@@ -4,8 +4,6 @@ A turn takes calls from the inbox, hears what became of transfers, ends what is 
 one batch of chunks and tells the gateways. A request goes QUEUED -> COMPUTING -> RETAINED -> gone.
 """
 
-import heapq
-import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +31,7 @@ from scission.common.inference_messages import (
 from scission.common.log import request_logger
 from scission.common.model.batch import SequenceChunk
 from scission.common.runner import Runner
+from scission.common.timers import Timers
 from scission.common.transfer.events import Committed, Failed, Granted, Refused, SenderEvent
 from scission.protos import cluster_pb2, inference_pb2
 from scission.services.prefill.batch import (
@@ -45,6 +44,7 @@ from scission.services.prefill.batch import (
 from scission.services.prefill.handoff import Handoff, StateSender
 from scission.services.prefill.meters import PrefillMeters
 from scission.services.prefill.outbox import Outbox
+from scission.services.prefill.pace import Pace
 from scission.services.prefill.prefix_updates import PrefixUpdates
 from scission.services.prefill.request import (
     ModelFacts,
@@ -61,7 +61,6 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3  # in a row; then the process gives up
 LOGITS_BYTES = 256 << 20  # that the prompt logprobs of one step may take
-RATE_MEMORY = 0.9  # weight of the past in the rate that waits are estimated by
 
 
 class PrefillEngine:
@@ -115,12 +114,10 @@ class PrefillEngine:
         self._prefix_updates = PrefixUpdates()
         self._requests: dict[str, Request] = {}
         self._ended = EndedAttempts()
-        # Deadlines and leases; an entry that its request no longer means is passed over.
-        self._timers: list[tuple[float, int, Request]] = []
-        self._timer_numbers = itertools.count()
+        self._timers = Timers[Request]()  # deadlines and leases
+        self._pace = Pace()
         self._next_beat = 0.0
         self._num_failed_steps = 0
-        self._tokens_per_s = 0.0
         self._is_draining = False
         self._is_stopping = False
         self._has_work = False
@@ -194,8 +191,9 @@ class PrefillEngine:
     def _idle_wait(self) -> float:
         if self._has_work:
             return 0.0
-        due = min([self._next_beat, *(at for at, _, _ in self._timers[:1])])
-        return max(0.0, due - self._clock())
+        due = self._timers.next_at
+        wake_at = self._next_beat if due is None else min(due, self._next_beat)
+        return max(0.0, wake_at - self._clock())
 
     def _beat(self) -> None:
         now = self._clock()
@@ -250,7 +248,7 @@ class PrefillEngine:
             )
         self._requests[request.request_id] = request
         self._scheduler.add(request)
-        self._set_timer(request, request.deadline)
+        self._timers.set(request, request.due_at)
 
     def _redirect(self, redirect: Redirect) -> None:
         """Serve a new attempt from what is queued, being computed or retained for an older one."""
@@ -268,7 +266,7 @@ class PrefillEngine:
         request.destination = parse_destination(message.destination)
         request.deadline = redirect.deadline
         request.is_ended = False
-        self._set_timer(request, request.deadline)
+        self._timers.set(request, request.due_at)
         self._outbox.repeat(request)
         if request.has_begun:
             self._handoff.open(request)
@@ -291,38 +289,26 @@ class PrefillEngine:
 
     # --- time
 
-    def _set_timer(self, request: Request, at: float) -> None:
-        heapq.heappush(self._timers, (at, next(self._timer_numbers), request))
-
     def _expire(self) -> None:
         now = self._clock()
-        while self._timers and self._timers[0][0] <= now:
-            _, _, request = heapq.heappop(self._timers)
-            if self._requests.get(request.request_id) is not request:
-                continue
-            if request.deadline <= now:
-                if not request.is_ended:
-                    error = DeadlineError("the request's deadline has passed")
-                    self._end(request, inference_pb2.RequestEvent(failed=failed_to_proto(error)))
+        for request in self._timers.take_due(now):
+            if request.is_committed:
+                self._drop(request, "finished", "handed_over")
+            elif request.deadline <= now:
+                error = DeadlineError("the request's deadline has passed")
+                self._outbox.end(request, failed=failed_to_proto(error))
                 self._drop(request, "deadline", "expired")
-            elif request.lease_until is not None and request.lease_until <= now:
-                self._lease_ended(request)
-
-    def _lease_ended(self, request: Request) -> None:
-        if request.is_committed:
-            self._drop(request, "finished", "handed_over")
-            return
-        self._meters.prefill.expired_leases.inc()
-        self._retry(request, "no_grant", "no decode granted room within the lease")
-        self._drop(request, "cancelled", "retry")
+            else:
+                self._meters.prefill.expired_leases.inc()
+                self._retry(request, "no_grant", "no decode granted room within the lease")
+                self._drop(request, "cancelled", "retry")
 
     def _keep(self, request: Request) -> None:
         """Retain under a lease, which does not run while a granted transfer does."""
         self._retention.keep(request, self._clock())
         if request.transfer is not None and request.transfer.grant_wait_s is not None:
             self._retention.ship(request)
-        if request.lease_until is not None:
-            self._set_timer(request, request.lease_until)
+        self._timers.set(request, request.due_at)
 
     def _make_room(self) -> bool:
         """Give up the lease of a state that a decode has committed; False when there is none."""
@@ -340,13 +326,13 @@ class PrefillEngine:
                 self._meters.transfer.grant_wait.observe(event.wait_s)
                 if request.phase is Phase.RETAINED:
                     self._retention.ship(request)
+                    self._timers.set(request, request.due_at)
             case Committed():
                 request.transfer = None
                 self._meters.committed(event)
-                self._end(request, inference_pb2.RequestEvent(ended=inference_pb2.Ended()))
+                self._outbox.end(request, ended=inference_pb2.Ended())
                 self._retention.commit(request, self._clock())
-                assert request.lease_until is not None
-                self._set_timer(request, request.lease_until)
+                self._timers.set(request, request.due_at)
             case Refused():
                 reason = "layout_mismatch" if event.reason == "layout_mismatch" else "refused"
                 detail = " ".join(filter(None, (event.reason, event.field, event.detail)))
@@ -394,9 +380,7 @@ class PrefillEngine:
         num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
         seconds = self._clock() - started_at
         self._meters.step(num_tokens, seconds)
-        rate = num_tokens / max(seconds, 1e-6)
-        past = self._tokens_per_s or rate
-        self._tokens_per_s = RATE_MEMORY * past + (1 - RATE_MEMORY) * rate
+        self._pace.add(num_tokens, seconds)
 
     def _compute(
         self, chunks: Sequence[ScheduledChunk], unkept: list[ScheduledChunk], started_at: float
@@ -422,8 +406,7 @@ class PrefillEngine:
             if sequence.logits == "all":
                 entries = chunk_prompt_logprobs(chunk, rows)
                 message = prompt_logprobs_to_proto(chunk.start + 1, entries)
-                event = inference_pb2.RequestEvent(prompt_logprobs=message)
-                self._outbox.result(chunk.request, event)
+                self._outbox.result(chunk.request, prompt_logprobs=message)
         complete = [
             (chunk.request, rows)
             for chunk, rows in zip(chunks, logits, strict=True)
@@ -478,13 +461,13 @@ class PrefillEngine:
             grant_wait_s=grant_wait_s,
         )
         self._meters.prefilled(prefilled)
-        self._outbox.result(request, inference_pb2.RequestEvent(prefilled=prefilled))
+        self._outbox.result(request, prefilled=prefilled)
         if first.tokens or first.finishes:
             tokens = tokens_to_proto(first.tokens, first.finishes)
-            self._outbox.result(request, inference_pb2.RequestEvent(tokens=tokens))
+            self._outbox.result(request, tokens=tokens)
         finished = {finish.choice for finish in first.finishes} | request.cancelled_choices
         if request.destination is None or len(finished) == len(request.choices):
-            self._end(request, inference_pb2.RequestEvent(ended=inference_pb2.Ended()))
+            self._outbox.end(request, ended=inference_pb2.Ended())
             request.is_finished = True
 
     def _hand_over(self, request: Request) -> None:
@@ -500,25 +483,19 @@ class PrefillEngine:
 
     # --- ends
 
-    def _end(self, request: Request, event: inference_pb2.RequestEvent) -> None:
-        """The attempt's last event, unless it has had one."""
-        if not request.is_ended:
-            request.is_ended = True
-            self._outbox.put(request, event)
-
     def _retry(
         self, request: Request, reason: str, detail: str, *, is_state_retained: bool = False
     ) -> None:
         retry = inference_pb2.Retry(
             reason=reason, detail=detail, is_state_retained=is_state_retained
         )
-        self._end(request, inference_pb2.RequestEvent(retry=retry))
+        self._outbox.end(request, retry=retry)
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         failed = failed_to_proto(_shown(error))
         for request in requests:
             if self._requests.get(request.request_id) is request:
-                self._end(request, inference_pb2.RequestEvent(failed=failed))
+                self._outbox.end(request, failed=failed)
                 self._drop(request, "internal", "failed")
 
     def _drop(self, request: Request, abort_reason: str, outcome: str) -> None:
@@ -526,6 +503,7 @@ class PrefillEngine:
         self._abort(request, abort_reason)
         self._scheduler.remove(request)
         self._retention.remove(request)
+        self._timers.discard(request)
         if request.state is not None:
             request.state.let_go()
         del self._requests[request.request_id]
@@ -545,10 +523,8 @@ class PrefillEngine:
     # --- load
 
     def _expected_wait(self) -> float:
-        """Seconds until what is waiting now would be computed, at the rate of late."""
-        if not self._tokens_per_s:
-            return 0.0
-        return self._scheduler.num_waiting_tokens / self._tokens_per_s
+        """Seconds until what is waiting now would be computed."""
+        return self._pace.seconds_for(self._scheduler.num_waiting_tokens)
 
     def _measure_load(self) -> inference_pb2.Load:
         counts = self._store.blocks.counts()

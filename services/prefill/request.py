@@ -72,12 +72,13 @@ class Request:
         return len(self.token_ids)
 
     @property
-    def num_remaining(self) -> int:
-        return self.num_tokens - self.num_computed
-
-    @property
     def wants_prompt_logprobs(self) -> bool:
         return self.sampling.prompt_logprobs is not None
+
+    @property
+    def due_at(self) -> float:
+        """When its deadline or its lease ends, whichever is first."""
+        return self.deadline if self.lease_until is None else min(self.deadline, self.lease_until)
 
     @property
     def has_begun(self) -> bool:

@@ -52,6 +52,7 @@ class Scheduler:
         self._max_logits = max_logits
         self._make_room = make_room
         self._queued: list[Request] = []  # by order, then arrival
+        self._num_queued_tokens = 0
         self._computing: list[Request] = []  # likewise
 
     @property
@@ -69,10 +70,11 @@ class Scheduler:
     @property
     def num_waiting_tokens(self) -> int:
         """Tokens accepted and not computed."""
-        return sum(r.num_remaining for r in (*self._queued, *self._computing))
+        return self._num_queued_tokens + sum(r.num_tokens - r.num_computed for r in self._computing)
 
     def add(self, request: Request) -> None:
         assert request.phase is Phase.QUEUED and not self.is_full
+        self._num_queued_tokens += request.num_tokens
         bisect.insort(self._queued, request, key=lambda r: r.order)
 
     def remove(self, request: Request) -> None:
@@ -80,6 +82,7 @@ class Scheduler:
         match request.phase:
             case Phase.QUEUED:
                 self._queued.remove(request)
+                self._num_queued_tokens -= request.num_tokens
             case Phase.COMPUTING:
                 self._computing.remove(request)
             case Phase.RETAINED:
@@ -129,6 +132,7 @@ class Scheduler:
             if not self._make_room():
                 return False
         self._queued.pop(0)
+        self._num_queued_tokens -= request.num_tokens
         request.state = room.state
         request.num_computed = request.num_cached = room.num_cached
         request.phase = Phase.COMPUTING
