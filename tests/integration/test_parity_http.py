@@ -30,6 +30,7 @@ CHECKPOINTS = {
         compress_ratios=[128, 128, 4, 128, 4, 0],
         num_hidden_layers=5,
         sliding_window=128,
+        index_head_dim=128,
         index_topk=16,
     ),
 }
