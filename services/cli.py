@@ -37,7 +37,7 @@ STANDS_ON = (
 T = TypeVar("T")
 
 # name -> module whose `command` it is
-_BENCHMARKS: dict[str, str] = {}
+_BENCHMARKS: dict[str, str] = {"transfer": "scission.common.transfer.bench"}
 
 
 class LazyGroup(click.Group):
