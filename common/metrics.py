@@ -288,7 +288,7 @@ class GatewayMetrics:
             "worker_losses_total",
             "Times a worker was given up.",
             "reason",
-            ("silent", "stream_broken", "expired", "deregistered", "replaced"),
+            ("silent", "stream_broken", "expired", "gone", "deregistered", "replaced"),
         )
 
 

@@ -122,10 +122,11 @@ class _Gateway:
         cluster.drain()
         if not await cluster.wait_until_idle(self._config.http.shutdown_timeout_s):
             logger.warning("requests still run after the shutdown timeout: aborting them")
+        # First, or workers that find us leaving would register again.
+        await registry.stop(0.2)
         await cluster.close()
         http.should_exit = True
         await serving
-        await registry.stop(1.0)
 
     def _http_config(self, cluster: Cluster, metrics: Metrics) -> uvicorn.Config:
         model, options = self._config.model, self._config.http

@@ -237,9 +237,15 @@ class Registry(cluster_pb2_grpc.RegistryServicer):
             self.gateway_epoch,
             self._options.silence_s,
             on_lost=lambda reason: self._metrics.worker_losses(reason).inc(),
+            on_gone=lambda: self._on_gone(description.worker_id),
             clock=self._clock,
         )
         return Worker(description, link)
+
+    def _on_gone(self, worker_id: str) -> None:
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            self._drop(worker, "gone")
 
     def _drop(self, worker: Worker, reason: str) -> None:
         del self._workers[worker.worker_id]

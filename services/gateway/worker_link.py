@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 CALL_TIMEOUT_S = 10.0  # a submission waits for the engine's current step, at most so long
 CANCEL_TIMEOUT_S = 2.0
 MAX_CANCEL_TRIES = 3
-MAX_BACKOFF_S = 1.0
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0  # between two attempts to open the stream
+MAX_REFUSED = 2  # failures to open it anew, after which the worker is taken for gone
 # Offsets of another machine's clock are estimated from the quickest of this many calls.
 CLOCK_SAMPLES = 64
 
@@ -47,6 +48,7 @@ class WorkerLink:
         gateway_epoch: int,
         silence_s: float,
         on_lost: Callable[[str], None] = lambda reason: None,
+        on_gone: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker_id = description.worker_id
@@ -62,6 +64,7 @@ class WorkerLink:
         self._gateway_epoch = gateway_epoch
         self._silence_s = silence_s
         self._on_lost = on_lost
+        self._on_gone = on_gone
         self._clock = clock
         self._last_seen = 0.0
         self._clock_samples: list[tuple[float, float]] = []  # (round trip, offset)
@@ -186,7 +189,9 @@ class WorkerLink:
 
     async def _follow(self) -> None:
         """Keep one event stream open for as long as the worker is registered."""
-        backoff_s = 0.05
+        backoff_s = MIN_BACKOFF_S
+        was_live = False
+        num_refused = 0
         while True:
             request = inference_pb2.EventsRequest(
                 gateway_epoch=self._gateway_epoch, worker_epoch=self.description.epoch
@@ -197,9 +202,16 @@ class WorkerLink:
             try:
                 async for step in events:
                     self._on_step(step)
-                    backoff_s = 0.05
+                    backoff_s = MIN_BACKOFF_S
+                    was_live = True
+                    num_refused = 0
             except grpc.aio.AioRpcError as error:
                 detail = error.details() or error.code().name
+                is_other = error.code() is grpc.StatusCode.FAILED_PRECONDITION
+                num_refused += not self.is_live
+                if was_live and (is_other or num_refused >= MAX_REFUSED):
+                    # Nobody is there, or somebody else. Should it live, it registers again.
+                    self._on_gone()
             except asyncio.CancelledError:
                 # Ours (the worker is dropped), or `check_silence` cancelled the call.
                 if self._is_closed:

@@ -197,7 +197,11 @@ class Stack:
     def is_drained(self) -> bool:
         """Every living worker holds nothing but free and cached blocks."""
         for worker in self.workers():
-            held = {k: v for k, v in self.blocks(worker["metrics_address"]).items() if v}
+            try:
+                blocks = self.blocks(worker["metrics_address"])
+            except httpx.TransportError:  # dead, and about to be dropped from the list
+                return False
+            held = {k: v for k, v in blocks.items() if v}
             if held.keys() - {"free", "cached"}:
                 return False
         return True
