@@ -26,7 +26,7 @@ NONCE_BYTES = 32
 PREFIX = "scission-"
 
 
-class SlotState(enum.Enum):
+class SlotState(enum.StrEnum):
     FREE = "free"
     GRANTED = "granted"  # its transfer may fill it at any moment
     FILLED = "filled"  # holds a chunk that waits for injection
@@ -42,7 +42,7 @@ class SlotTable:
         self.num_slots = num_slots
         self._free = list(reversed(range(num_slots)))
         self._held: dict[object, dict[int, SlotState]] = {}
-        self._num_in = dict.fromkeys(SlotState, 0)
+        self._num_in = {state.value: 0 for state in SlotState}
         self._publish()
 
     @property
@@ -104,14 +104,14 @@ class SlotTable:
         places = Counter([*self._free, *(slot for held in self._held.values() for slot in held)])
         assert places == Counter(range(self.num_slots)), places
         states = Counter(state for held in self._held.values() for state in held.values())
-        assert all(states[s] == n for s, n in self._num_in.items()), (states, self._num_in)
+        assert all(states[SlotState(s)] == n for s, n in self._num_in.items()), (
+            states,
+            self._num_in,
+        )
 
     def _publish(self) -> None:
         # one new dict, so that another thread never sees half a move
-        counts = {state.value: number for state, number in self._num_in.items()}
-        counts["free"] = len(self._free)
-        counts["total"] = self.num_slots
-        self._counts = counts
+        self._counts = {**self._num_in, "free": len(self._free), "total": self.num_slots}
 
 
 class Arena:

@@ -75,7 +75,9 @@ class Connection:
         self._is_said = False
         self._is_closed = False
         self._lease: Lease | None = None
-        self._bulk: list[Socket] = []
+        self._bulk: deque[Socket] = deque()
+        self._headers: list[bytes] = []  # of the next message of the shared tier
+        self._unsent: deque[list[bytes | zmq.Frame]] = deque()
         self._outbox: deque[list[bytes]] = deque()
         self._identity = b"P" + struct.pack("<Q", hello.epoch) + secrets.token_bytes(8)
         self._control = control_socket(loop.context, options, self._identity)
@@ -107,11 +109,33 @@ class Connection:
             if len(self._outbox) > MAX_OUTBOX:
                 self._lose("peer_lost")
 
-    def send_chunk(self, frames: Sequence[bytes | zmq.Frame]) -> bool:
-        """Send a CHUNK over the first bulk connection with room; False when there is none."""
+    @property
+    def is_blocked(self) -> bool:
+        """Whether chunks wait for room in the bulk sockets: send no more of them."""
+        return bool(self._unsent)
+
+    def send_chunk(self, header: bytes, rows: zmq.Frame | None) -> None:
+        """Send a CHUNK, soon: without rows (shared tier) its header goes out with the next
+        `flush`.
+        """
+        if rows is None:
+            self._headers.append(header)
+        else:
+            self._unsent.append([header, rows])
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what waits, as far as the bulk sockets have room."""
+        if self._headers and not self._is_closed:
+            self._unsent.append([b"".join(self._headers)])
+            self._headers.clear()
+        while self._unsent and self._try_send_bulk(self._unsent[0]):
+            self._unsent.popleft()
+
+    def _try_send_bulk(self, frames: Sequence[bytes | zmq.Frame]) -> bool:
         for _ in range(len(self._bulk)):
             socket = self._bulk[0]
-            self._bulk.append(self._bulk.pop(0))
+            self._bulk.rotate(-1)
             try:
                 socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -140,6 +164,9 @@ class Connection:
         self._control.close()
         for socket in self._bulk:
             socket.close(linger=0)
+        self._bulk.clear()
+        self._headers.clear()
+        self._unsent.clear()
         if self.arena is not None:
             self.arena.close()
         if self._lease is not None:

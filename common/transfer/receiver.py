@@ -8,7 +8,7 @@ import logging
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -51,11 +51,13 @@ from scission.common.transfer.sockets import (
     with_port,
 )
 from scission.common.transfer.wire import (
+    HEADER,
     VERSION,
     Header,
     Kind,
-    hash_chunk,
+    hash_message,
     pack_control,
+    start_hash,
     unpack_control,
 )
 from scission.protos import transfer_pb2
@@ -70,6 +72,8 @@ MAX_OUTBOX = 1000  # control messages that wait for room in the socket
 MESSAGES_PER_ROUND = 64  # from one socket, between two looks at the others
 # shorter runs of rows are hashed in a private copy, longer ones where they lie
 MIN_SPAN_BYTES = 1 << 15
+# `inject` gives credit back this often: each time wakes the I/O thread and costs a message
+REPORT_BYTES = 4 << 20
 
 
 @dataclass(slots=True, eq=False)
@@ -131,9 +135,19 @@ class _Chunk:
     """An arrived chunk on its way to the engine thread."""
 
     incoming: _Incoming
+    packed: bytes  # the header as it came
     header: Header
     rows: ChunkRows
     frame: zmq.Frame | None  # None: the rows lie in the arena slot
+
+
+@dataclass(frozen=True, slots=True)
+class _Injected:
+    """What became of a chunk on the engine thread."""
+
+    chunk: _Chunk
+    is_sound: bool
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +295,8 @@ class Receiver:
 
         Returns the bytes written. Their arena slots go back to the senders at once.
         """
-        num_bytes = 0
+        num_bytes = reported_bytes = 0
+        done: list[_Injected] = []
         while self._chunks and (num_bytes < budget_bytes or num_bytes == 0):
             chunk = self._chunks.popleft()
             grant = self._grants.get(chunk.incoming.handle)
@@ -290,9 +305,17 @@ class Receiver:
             started = time.monotonic()
             is_sound = self._inject(chunk, grant)
             num_bytes += chunk.rows.num_bytes
-            seconds = time.monotonic() - started
-            self._loop.call(partial(self._injected, chunk, is_sound, seconds))
+            done.append(_Injected(chunk, is_sound, time.monotonic() - started))
+            if num_bytes - reported_bytes >= REPORT_BYTES:
+                reported_bytes = num_bytes
+                self._report_injected(done)
+                done = []
+        if done:
+            self._report_injected(done)
         return num_bytes
+
+    def _report_injected(self, done: list[_Injected]) -> None:
+        self._loop.call(partial(self._take_injected, done))
 
     @property
     def has_chunks(self) -> bool:
@@ -339,11 +362,10 @@ class Receiver:
         """Write the chunk's rows; True when what was written has the hash it should."""
         rows, header = chunk.rows, chunk.header
         place = RowPlace(rows.component, rows.layers, rows.rows, grant.block_ids, grant.slot)
-        unhashed = replace(header, hash=0)
         if chunk.frame is not None:
             # the frame is ours alone: what is hashed is what is written
             data = np.frombuffer(chunk.frame.buffer, np.uint8)
-            if hash_chunk(unhashed, [data.data]) != header.hash:
+            if hash_message(chunk.packed, data.data) != header.hash:
                 return False
             self._storage.write_rows(place, data)
             return True
@@ -354,12 +376,12 @@ class Receiver:
         if spans is None:
             private = self._private[: rows.num_bytes]
             np.copyto(private, shared)
-            if hash_chunk(unhashed, [private.data]) != header.hash:
+            if hash_message(chunk.packed, private.data) != header.hash:
                 return False
             self._storage.write_rows(place, private)
             return True
         at = 0
-        hasher = unhashed.hasher()
+        hasher = start_hash(chunk.packed)
         for span in spans:
             np.copyto(span, shared[at : at + len(span)])
             hasher.update(span.data)
@@ -417,8 +439,12 @@ class Receiver:
         transfer.told_at = now
         self._send(transfer.session, Kind.COMMIT, transfer.handle.transfer_id)
 
+    def _take_injected(self, done: list[_Injected]) -> None:
+        """The engine thread is done with these chunks."""
+        for injected in done:
+            self._injected(injected.chunk, injected.is_sound, injected.seconds)
+
     def _injected(self, chunk: _Chunk, is_sound: bool, seconds: float) -> None:
-        """The engine thread is done with a chunk."""
         transfer, sequence, slot = chunk.incoming, chunk.header.sequence, chunk.header.slot
         coverage = transfer.coverage
         if transfer.end_reason or coverage is None:
@@ -833,20 +859,35 @@ class Receiver:
     # I/O thread: chunks
 
     def _receive_bulk(self, socket: Socket, is_shared: bool) -> None:
+        num_waiting = len(self._chunks)
         for _ in range(MESSAGES_PER_ROUND):
             frames = receive(socket, copy=False)
             if frames is None:
-                return
-            try:
-                self._on_chunk(frames, is_shared)
-            except WireError as error:
+                break
+            identity = frames[0].bytes
+            if is_shared and len(frames) == 2:
+                packed = frames[1].bytes
+                headers = [packed[i : i + HEADER.size] for i in range(0, len(packed), HEADER.size)]
+            elif not is_shared and len(frames) == 3:
+                headers = [frames[1].bytes]
+            else:
                 self._stats["dropped_invalid"] += 1
-                logger.debug("dropped a chunk: %s", error)
+                continue
+            for packed in headers:
+                try:
+                    self._on_chunk(identity, packed, None if is_shared else frames[2])
+                except WireError as error:
+                    self._stats["dropped_invalid"] += 1
+                    logger.debug("dropped a chunk: %s", error)
+        if len(self._chunks) > num_waiting:
+            self._wake()
 
-    def _on_chunk(self, frames: list[zmq.Frame], is_shared: bool) -> None:
-        if len(frames) != (2 if is_shared else 3):
-            raise WireError(f"a chunk of {len(frames)} frames")
-        identity, header = frames[0].bytes, Header.unpack(frames[1].buffer)
+    def _on_chunk(self, identity: bytes, packed: bytes, frame: zmq.Frame | None) -> None:
+        """Validate a chunk in every field and queue it. Raises WireError where it is not in
+        order.
+        """
+        header = Header.unpack(packed)
+        is_shared = frame is None
         if header.kind is not Kind.CHUNK:
             raise WireError(f"{header.kind.name} came over a bulk socket")
         if header.epoch != self._epoch:
@@ -863,7 +904,6 @@ class Receiver:
         if sequence in transfer.injected or sequence in transfer.arrived:
             self._stats["dropped_duplicate"] += 1
             return
-        frame = None if is_shared else frames[2]
         if header.length > self._options.slot_bytes:
             raise WireError(f"{header.length} bytes in a slot of {self._options.slot_bytes}")
         if frame is not None and len(frame.buffer) != header.length:
@@ -876,8 +916,7 @@ class Receiver:
         session.last_heard = transfer.progress_at = now
         transfer.arrived.add(sequence)
         self._slots.mark(transfer, header.slot, SlotState.FILLED)
-        self._chunks.append(_Chunk(transfer, header, rows, frame))
-        self._wake()
+        self._chunks.append(_Chunk(transfer, packed, header, rows, frame))
 
     # I/O thread: time
 

@@ -9,7 +9,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -43,7 +43,7 @@ from scission.common.transfer.plan import (
     piece_chunks,
 )
 from scission.common.transfer.sockets import Context
-from scission.common.transfer.wire import VERSION, Header, Kind, hash_chunk
+from scission.common.transfer.wire import VERSION, Header, Kind, seal
 from scission.protos import transfer_pb2
 
 logger = logging.getLogger(__name__)
@@ -437,12 +437,14 @@ class Sender:
     # I/O thread: shipping
 
     def _ship(self) -> bool:
-        """Ship a few chunks, turn by turn over the transfers. Returns whether one waits for buffers
-        or sockets.
+        """Ship a few chunks, turn by turn over the transfers. Returns whether all that could ship
+        wait for buffers or sockets.
         """
+        num_blocked = 0
+        touched: set[Connection] = set()
         for _ in range(CHUNKS_PER_ROUND):
-            if not self._turns:
-                return False
+            if num_blocked >= len(self._turns):
+                break
             transfer = self._transfers.get(self._turns[0])
             if transfer is None:
                 self._turns.popleft()
@@ -452,6 +454,11 @@ class Sender:
                 self._turns.popleft()
                 self._send_manifest(transfer)
                 continue
+            self._turns.rotate(-1)
+            transfer.connection.flush()
+            if transfer.connection.is_blocked:
+                num_blocked += 1
+                continue
             try:
                 is_shipped = self._ship_chunk(transfer, *step)
             except Exception:
@@ -459,10 +466,13 @@ class Sender:
                 logger.exception("%s: cannot read the state", transfer.handle.request_id)
                 self._end(transfer, Failed(transfer.handle, "internal"), abort_reason="internal")
                 continue
-            if not is_shipped:
-                return True
-            self._turns.rotate(-1)
-        return False
+            if is_shipped:
+                touched.add(transfer.connection)
+            else:
+                num_blocked += 1
+        for connection in touched:
+            connection.flush()
+        return 0 < len(self._turns) <= num_blocked
 
     def _next_chunk(self, transfer: _Outgoing) -> tuple[int, ChunkRows, int] | None:
         """(sequence number, rows, slot) of what goes out next; None when nothing can."""
@@ -485,7 +495,7 @@ class Sender:
             transfer.chunks.extend(final_chunks(self._layout, transfer.num_tokens, max_bytes))
 
     def _ship_chunk(self, transfer: _Outgoing, sequence: int, chunk: ChunkRows, slot: int) -> bool:
-        """Gather, hash and send one chunk; False when it has to wait."""
+        """Gather, hash and send one chunk; False when there is no buffer for it."""
         connection = transfer.connection
         source = transfer.source
         place = RowPlace(chunk.component, chunk.layers, chunk.rows, source.block_ids, source.slot)
@@ -503,21 +513,20 @@ class Sender:
         if connection.arena is not None:
             rows = connection.arena.slot(slot, chunk.num_bytes)
             self._storage.read_rows(place, rows)
-            header = replace(header, hash=hash_chunk(header, [rows.data]))
-            is_sent = connection.send_chunk([header.pack()])
+            packed, digest = seal(header, rows.data)
+            connection.send_chunk(packed, None)
         else:
             buffer = self._staging.take()
             if buffer is None:
                 return False
             rows = buffer[: chunk.num_bytes]
             self._storage.read_rows(place, rows)
-            header = replace(header, hash=hash_chunk(header, [rows.data]))
+            packed, digest = seal(header, rows.data)
             frame = zmq.Frame(rows, track=True, copy=False)
-            is_sent = connection.send_chunk([header.pack(), frame])
-            self._staging.give(buffer, frame.tracker if is_sent else None)
-        if is_sent:
-            self._record(transfer, sequence, chunk, slot, header.hash)
-        return is_sent
+            self._staging.lend(buffer, frame.tracker)
+            connection.send_chunk(packed, frame)
+        self._record(transfer, sequence, chunk, slot, digest)
+        return True
 
     def _record(
         self, transfer: _Outgoing, sequence: int, chunk: ChunkRows, slot: int, digest: int
@@ -662,9 +671,6 @@ class _Staging:
             return np.empty(self._size, np.uint8)
         return None
 
-    def give(self, buffer: Bytes, tracker: zmq.MessageTracker | None) -> None:
-        """Return a buffer: at once, or when the tracker of the frame over it is done."""
-        if tracker is None:
-            self._free.append(buffer)
-        else:
-            self._lent.append((buffer, tracker))
+    def lend(self, buffer: Bytes, tracker: zmq.MessageTracker) -> None:
+        """The buffer is free once the tracker of the frame over it is done."""
+        self._lent.append((buffer, tracker))

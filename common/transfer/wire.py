@@ -19,13 +19,14 @@ Header, 64 bytes, little endian:
     56      8     xxh3-64 of the header with this field zero, followed by the body
 
 The body is a protobuf message of the kind, or for CHUNK raw rows in canonical order (layer, then
-row); in the shared tier a CHUNK is its header alone and the rows lie in the arena slot.
+row). In the shared tier the rows lie in the arena slots, and a message is one frame of one or more
+CHUNK headers laid end to end.
 """
 
 import enum
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import xxhash
 from google.protobuf.message import DecodeError, Message
@@ -41,6 +42,7 @@ MAX_CONTROL_BYTES = (
     8 << 20
 )  # the largest body is a MANIFEST: 8 bytes a chunk, and the first tokens' logprobs
 _NO_HASH = bytes(8)
+_HASH = struct.Struct("<Q")
 
 
 class Kind(enum.IntEnum):
@@ -155,19 +157,26 @@ class Header:
             digest,
         )
 
-    def hasher(self) -> xxhash.xxh3_64:
-        """A running hash that has taken in the header with its hash field zero."""
-        hasher = xxhash.xxh3_64(self.pack()[:HASH_AT])
-        hasher.update(_NO_HASH)
-        return hasher
+
+def start_hash(packed: Frame) -> xxhash.xxh3_64:
+    """A running hash that has taken in a packed header as if its hash field were zero."""
+    hasher = xxhash.xxh3_64(packed[:HASH_AT])
+    hasher.update(_NO_HASH)
+    return hasher
 
 
-def hash_chunk(header: Header, parts: Iterable[Frame]) -> int:
-    """The hash field of a CHUNK whose rows are the parts laid end to end."""
-    hasher = header.hasher()
-    for part in parts:
-        hasher.update(part)
+def hash_message(packed: Frame, body: Frame) -> int:
+    """What the hash field of a packed header should be."""
+    hasher = start_hash(packed)
+    hasher.update(body)
     return hasher.intdigest()
+
+
+def seal(header: Header, body: Frame) -> tuple[bytes, int]:
+    """The header packed, with its hash filled in; and that hash."""
+    packed = header.pack()
+    digest = hash_message(packed, body)
+    return packed[:HASH_AT] + _HASH.pack(digest), digest
 
 
 def pack_control(
@@ -178,7 +187,7 @@ def pack_control(
     assert (type(body) if body is not None else None) is expected, (kind, body)
     payload = body.SerializeToString() if body is not None else b""
     header = Header(kind, transfer_id, epoch, length=len(payload))
-    return [replace(header, hash=hash_chunk(header, [payload])).pack(), payload]
+    return [seal(header, payload)[0], payload]
 
 
 def unpack_control(frames: Sequence[Frame]) -> tuple[Header, Message | None]:
@@ -191,7 +200,7 @@ def unpack_control(frames: Sequence[Frame]) -> tuple[Header, Message | None]:
         raise WireError("a CHUNK came over the control socket")
     if header.length != len(payload):
         raise WireError(f"{header.kind.name}: {len(payload)} bytes of {header.length}")
-    if header.hash != hash_chunk(header, [payload]):
+    if header.hash != hash_message(frames[0], payload):
         raise WireError(f"{header.kind.name}: damaged")
     body_type = BODIES.get(header.kind)
     if body_type is None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import zmq
 
-from scission.common.transfer.wire import Header, Kind, pack_control, unpack_control
+from scission.common.transfer.wire import HEADER, Header, Kind, pack_control, unpack_control
 from scission.protos import transfer_pb2
 
 Direction = Literal["up", "down"]  # to the receiver, to the sender
@@ -65,8 +65,9 @@ class Proxy:
                 if socket in fronts:
                     identity, *frames = socket.recv_multipart()
                     back = self._back(socket, identity)
-                    for out in self.filter("up", Header.unpack(frames[0]), frames):
-                        back.send_multipart(out)
+                    for message in self._split(frames):
+                        for out in self.filter("up", Header.unpack(message[0]), message):
+                            back.send_multipart(out)
                 else:
                     front, identity = self._fronts[socket]
                     frames = socket.recv_multipart()
@@ -75,6 +76,14 @@ class Proxy:
                         frames = self._redirect(frames)
                     for out in self.filter("down", header, frames):
                         front.send_multipart([identity, *out])
+
+    @staticmethod
+    def _split(frames: Frames) -> list[Frames]:
+        """A message of the shared tier may hold several chunks' headers."""
+        if len(frames) > 1:
+            return [frames]
+        data, size = frames[0], HEADER.size
+        return [[data[i : i + size]] for i in range(0, len(data), size)]
 
     def _back(self, front: zmq.Socket[bytes], identity: bytes) -> zmq.Socket[bytes]:
         back = self._backs.get(identity)

@@ -31,8 +31,9 @@ from scission.common.transfer.wire import (
     VERSION,
     Header,
     Kind,
-    hash_chunk,
+    hash_message,
     pack_control,
+    seal,
     unpack_control,
 )
 from scission.protos import transfer_pb2
@@ -167,7 +168,7 @@ def test_hash_covers_every_header_byte(header: Header, at: int, bit: int, rows: 
         changed = Header.unpack(bytes(damaged))
     except WireError:
         return
-    assert hash_chunk(replace(changed, hash=0), [rows]) != hash_chunk(header, [rows])
+    assert hash_message(changed.pack(), rows) != hash_message(header.pack(), rows)
 
 
 @given(
@@ -345,9 +346,8 @@ def test_mutated_chunks_touch_no_row_but_the_granted(tmp_path: Path) -> None:
                     length = size = min(max(length, 0), 2 * SLOT_BYTES)
                 header = replace(header, epoch=hostile.epoch, length=length)
                 payload = random.Random(size).randbytes(size)
-                if is_hashed:
-                    header = replace(header, hash=hash_chunk(header, [payload]))
-                hostile.bulk.send_multipart([header.pack(), payload])
+                packed = seal(header, payload)[0] if is_hashed else header.pack()
+                hostile.bulk.send_multipart([packed, payload])
             hostile.barrier()
             pair.step()
 
