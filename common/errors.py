@@ -19,8 +19,8 @@ ScissionError
     ├── WireError            bytes that are no valid message
     └── PeerLostError        the other process is gone or silent
 
-Each class is mapped once to HTTP (`http_status`, `error_type`, `code`) and once to gRPC (`grpc_code`, by name,
-so that this file needs no grpc). An `assert` states what only our own bug can break.
+Each class is mapped once to HTTP (`http_status`, `error_type`, `code`) and once to gRPC
+(`grpc_code`, by name, so that this file needs no grpc). An `assert` states what only our own bug can break.
 """
 
 from typing import ClassVar
@@ -34,7 +34,9 @@ class ScissionError(Exception):
     code: ClassVar[str | None] = None
     grpc_code: ClassVar[str] = "INTERNAL"
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
         """`param` names the request field at fault; `retry_after_s` goes out as Retry-After."""
         super().__init__(message)
         self.message = message

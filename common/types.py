@@ -1,4 +1,4 @@
-"""The words that all services share: what a request asks for, what a token carries, why a choice ended."""
+"""The words that all services share: what is asked for, what a token carries, why it ended."""
 
 import enum
 from dataclasses import dataclass, field
@@ -24,11 +24,12 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request's tokens are drawn; validated by the gateway, taken as they are by the engines.
+    """How one request's tokens are drawn; the gateway validates, the engines take it as it is.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 mean off. Penalties: presence and frequency count generated
-    tokens only, repetition counts prompt and generated ones. `logprobs` is the number of alternatives per
-    token (None: none wanted, 0: the token's own); they are raw: before temperature, penalties and bias.
+    temperature 0 is greedy. top_k 0 and top_p 1 mean off. Penalties: presence and frequency count
+    generated tokens only, repetition counts prompt and generated ones. `logprobs` is the number of
+    alternatives per token (None: none wanted, 0: the token's own); they are raw: before
+    temperature, penalties and bias.
     """
 
     max_tokens: int
@@ -43,7 +44,7 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
     allowed_token_ids: tuple[int, ...] = ()  # empty: all
     bad_token_ids: tuple[int, ...] = ()  # never drawn
-    seed: int = 0  # the caller's, or the one the gateway drew at admission; kept through all attempts
+    seed: int = 0  # the caller's, or drawn by the gateway at admission; kept through all attempts
     stop_token_ids: tuple[int, ...] = ()  # besides the model's own end-of-sequence ids
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -62,7 +63,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One output token of one choice. `index` counts the choice's output tokens from 0, forced ones included."""
+    """One output token of one choice. `index` counts its output from 0, forced tokens included."""
 
     choice: int
     index: int
@@ -72,7 +73,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of one choice. `stop_token_id` is set when a stop token other than end-of-sequence ended it."""
+    """The end of one choice. `stop_token_id` is set when one other than end-of-sequence did it."""
 
     choice: int
     reason: FinishReason

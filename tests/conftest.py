@@ -1,4 +1,4 @@
-"""What every test shares: few threads, fixed seeds, no variables of ours, GPU tests only on GPUs."""
+"""What tests share: few threads, fixed seeds, no variables of ours, GPU tests only on GPUs."""
 
 import os
 from collections.abc import Iterator

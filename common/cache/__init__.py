@@ -1,1 +1,1 @@
-"""Where the state of running requests lives: what there is (layout), the tensors (storage), who owns which block."""
+"""Where the state of running requests lives: layout, tensors (storage), who owns which block."""

@@ -1,7 +1,7 @@
 """A model's state, declared once: which rows exist per token, per window and per request.
 
-The declaration drives allocation, the memory budget, block tables, shipping, prefix snapshots, the digest,
-metrics and tests. It knows no tensors: `storage` holds them.
+The declaration drives allocation, the memory budget, block tables, shipping, prefix snapshots, the
+digest, metrics and tests. It knows no tensors: `storage` holds them.
 """
 
 import enum
@@ -25,8 +25,8 @@ class Kind(enum.StrEnum):
 class Component:
     """One kind of row, held by some of the layers.
 
-    A ring's live rows after n tokens are the positions from `first_live(n)` to n - 1:
-    n rounded down to `live_align`, less `live_lookback`. Whatever else the ring holds is never read.
+    A ring's live rows after n tokens are the positions from `first_live(n)` to n - 1: n rounded
+    down to `live_align`, less `live_lookback`. Whatever else the ring holds is never read.
     """
 
     name: str
@@ -57,7 +57,8 @@ class Component:
     def rows_between(self, start: int, end: int) -> tuple[int, int]:
         """Rows [first, last) that become final while the tokens [start, end) are computed.
 
-        Paged: entry numbers (a row is final once its last token is in). Ring: positions. Tail: the one row.
+        Paged: entry numbers (a row is final once its last token is in). Ring: positions. Tail: the
+        one row.
         """
         match self.kind:
             case Kind.PAGED:
@@ -134,10 +135,7 @@ class CacheLayout:
 
 def digest_fields(fields: Mapping[str, object]) -> dict[str, str]:
     """The layout digest: one short hash per named field, so that a mismatch can name its field."""
-    return {
-        name: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        for name, value in sorted(fields.items())
-    }
+    return {name: _short_hash(value) for name, value in sorted(fields.items())}
 
 
 def first_mismatch(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str | None:
@@ -146,3 +144,8 @@ def first_mismatch(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str | 
         if ours.get(name) != theirs.get(name):
             return name
     return None
+
+
+def _short_hash(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

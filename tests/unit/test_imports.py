@@ -1,4 +1,4 @@
-"""Imports that no linter sees: what the gateway's process really loads, and whose `kernels` a bare import finds."""
+"""Imports that no linter sees: what a gateway really loads, whose `kernels` a bare import finds."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_python(code: str) -> str:
-    """What `code` prints in a fresh interpreter that sees the package the way an installed one is seen."""
+    """What `code` prints in a fresh interpreter that sees the package as an installed one."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -44,7 +44,7 @@ def test_gateway_loads_no_gpu_stack() -> None:
 
 
 def test_bare_kernels_is_not_ours() -> None:
-    """transformers probes for Hugging Face's `kernels`; it must never find our folder of that name."""
+    """transformers probes for Hugging Face's `kernels`; it must never find our own folder."""
     code = (
         "import importlib.util\n"
         "spec = importlib.util.find_spec('kernels')\n"
