@@ -20,7 +20,8 @@ ScissionError
     └── PeerLostError        the other process is gone or silent
 
 Each class is mapped once to HTTP (`http_status`, `error_type`, `code`) and once to gRPC
-(`grpc_code`, by name, so that this file needs no grpc). An `assert` states what only our own bug can break.
+(`grpc_code`, by name, so that this file needs no grpc). An `assert` states what only our own bug
+can break.
 """
 
 from typing import ClassVar
