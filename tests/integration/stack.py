@@ -181,15 +181,9 @@ class Stack:
         }
 
     def busy(self, role: str) -> str | None:
-        """The name of a worker of that role which runs or holds a request, if there is one."""
+        """The name of a worker of that role which the gateway has given a request to."""
         for worker in self.workers():
-            if worker["role"] != role:
-                continue
-            try:
-                samples = self.metrics(worker["metrics_address"])
-            except httpx.TransportError:
-                continue
-            if samples["scission_num_requests_running"] > 0:
+            if worker["role"] == role and worker["num_requests"]:
                 port = int(worker["grpc_address"].rpartition(":")[2])
                 return next(name for name, p in self._grpc_ports.items() if p == port)
         return None
