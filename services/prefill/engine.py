@@ -179,7 +179,7 @@ class PrefillEngine:
         for request, event in self._handoff.poll():
             self._on_transfer(request, event)
         self._expire()
-        chunks = self._scheduler.schedule()
+        chunks = self._scheduler.schedule(self._clock())
         if chunks:
             self._step(chunks)
         self._has_work = bool(chunks)
@@ -523,8 +523,9 @@ class PrefillEngine:
     # --- load
 
     def _expected_wait(self) -> float:
-        """Seconds until what is waiting now would be computed."""
-        return self._pace.seconds_for(self._scheduler.num_waiting_tokens)
+        """Seconds until what is waiting now would be computed; for room as long as until now."""
+        compute_s = self._pace.seconds_for(self._scheduler.num_waiting_tokens)
+        return compute_s + self._scheduler.short_of_room_s(self._clock())
 
     def _measure_load(self) -> inference_pb2.Load:
         counts = self._store.blocks.counts()

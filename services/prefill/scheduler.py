@@ -53,6 +53,7 @@ class Scheduler:
         self._make_room = make_room
         self._queued: list[Request] = []  # by order, then arrival
         self._num_queued_tokens = 0
+        self._short_of_room_since: float | None = None
         self._computing: list[Request] = []  # likewise
 
     @property
@@ -72,6 +73,12 @@ class Scheduler:
         """Tokens accepted and not computed."""
         return self._num_queued_tokens + sum(r.num_tokens - r.num_computed for r in self._computing)
 
+    def short_of_room_s(self, now: float) -> float:
+        """How long the eldest of the queue has waited for room alone."""
+        if not self._queued or self._short_of_room_since is None:
+            return 0.0
+        return now - self._short_of_room_since
+
     def add(self, request: Request) -> None:
         assert request.phase is Phase.QUEUED and not self.is_full
         self._num_queued_tokens += request.num_tokens
@@ -88,7 +95,7 @@ class Scheduler:
             case Phase.RETAINED:
                 pass
 
-    def schedule(self) -> list[ScheduledChunk]:
+    def schedule(self, now: float) -> list[ScheduledChunk]:
         """The next step's chunks, none when there is nothing to compute or no room to begin.
 
         A request that begins becomes COMPUTING and gets its state; what is cached of it counts as
@@ -97,7 +104,7 @@ class Scheduler:
         chunks: list[ScheduledChunk] = []
         num_tokens = self._max_num_batched_tokens
         num_logits = self._max_logits
-        for request in self._next_requests():
+        for request in self._next_requests(now):
             limit = min(num_tokens, num_logits) if request.wants_prompt_logprobs else num_tokens
             if limit > 0:
                 start = request.num_computed
@@ -111,12 +118,14 @@ class Scheduler:
                 break
         return chunks
 
-    def _next_requests(self) -> Iterator[Request]:
+    def _next_requests(self, now: float) -> Iterator[Request]:
         yield from list(self._computing)
+        short_since, self._short_of_room_since = self._short_of_room_since, None
         while self._queued and len(self._computing) < self._max_num_seqs:
             request = self._queued[0]
             # the eldest waits for its room: nobody overtakes it
             if not self._begin(request):
+                self._short_of_room_since = now if short_since is None else short_since
                 return
             yield request
 

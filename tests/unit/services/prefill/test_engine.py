@@ -314,8 +314,11 @@ def test_a_prompt_waits_until_retained_state_leaves_it_room() -> None:
     assert prefill.blocks(State.RETAINED) == 3
     assert not prefill.first_tokens("b")
     assert prefill.engine.load().num_queued == 1
+    prefill.advance(2.5)
+    assert prefill.engine.load().expected_wait_s == pytest.approx(2.5, abs=0.01)
     hand_over(prefill, "a")
     prefill.turn()
+    assert prefill.engine.load().expected_wait_s == 0.0
     assert prefill.first_tokens("b") == [next_token(prompt(9, 2))], "a's lease gave way"
 
 
