@@ -29,13 +29,10 @@ from scission.common.ports import listen
 from scission.common.types import Epoch, Role
 from scission.protos import cluster_pb2_grpc
 from scission.services.gateway.app import AppDependencies, create_app
-from scission.services.gateway.chat.checkpoint_texts import read_checkpoint_texts
-from scission.services.gateway.chat.deepseek_v4 import DeepSeekV4Format
-from scission.services.gateway.checkpoint_facts import read_served_model
 from scission.services.gateway.cluster import Cluster
 from scission.services.gateway.engine import RequestIds
+from scission.services.gateway.model_folder import read_model_folder
 from scission.services.gateway.operations import make_operations_router
-from scission.services.gateway.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -129,15 +126,14 @@ class _Gateway:
         await serving
 
     def _http_config(self, cluster: Cluster, metrics: Metrics) -> uvicorn.Config:
-        model, options = self._config.model, self._config.http
-        folder = model.tokenizer or model.model
-        tokenizer = Tokenizer.from_folder(folder)
+        options = self._config.http
+        folder = read_model_folder(self._config.model)
         app = create_app(
             AppDependencies(
                 engine=cluster,
-                model=read_served_model(model),
-                tokenizer=tokenizer,
-                chat_format=DeepSeekV4Format(tokenizer, read_checkpoint_texts(model.model)),
+                model=folder.model,
+                tokenizer=folder.tokenizer,
+                chat_format=folder.chat_format,
                 request_ids=RequestIds(self._epoch),
                 metrics=metrics,
                 version=self._version,
