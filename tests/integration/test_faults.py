@@ -5,9 +5,9 @@ well-formed error; afterwards everything is free again.
 """
 
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tests.reference_checkpoint import tiny_config
 
 GOES_ON_WITHIN_S = 5.0
 NUM_TOKENS = 160
-PROMPT = [0, *((7 * i) % 240 + 3 for i in range(700))]
+PROMPT = [0, *((7 * i + i // 90) % 240 + 3 for i in range(3000))]
 # the request's stage at which the fault strikes: tokens the client has seen
 STAGES = {"computing": 0, "handing-over": 1, "decoding": 40}
 FAULTS = {"killed": signal.SIGKILL, "frozen": signal.SIGSTOP}
@@ -84,9 +84,10 @@ def consume(
     tokens: list[int] = []
     times: list[float] = []
     error = None
-    striker = threading.Thread(target=strike)
+    pool = ThreadPoolExecutor(max_workers=1)
+    striking: Future[None] | None = None
     if after_tokens == 0:
-        striker.start()
+        striking = pool.submit(strike)
     with stack.stream(prompt, max_tokens=NUM_TOKENS, ignore_eos=True, **fields) as events:
         for event in events:
             times.append(time.monotonic())
@@ -94,9 +95,10 @@ def consume(
                 error = event["error"]
                 continue
             tokens += token_ids_of(event)
-            if after_tokens and len(tokens) >= after_tokens and not striker.ident:
-                striker.start()
-    striker.join()
+            if striking is None and len(tokens) >= after_tokens:
+                striking = pool.submit(strike)
+    assert striking is not None
+    striking.result()
     return tokens, times, error
 
 
