@@ -113,10 +113,11 @@ class Stack:
 
     def signal(self, name: str, number: signal.Signals) -> None:
         self.processes[name].send_signal(number)
+        if number == signal.SIGKILL:
+            self.processes[name].wait()
 
     def kill(self, name: str) -> None:
         self.signal(name, signal.SIGKILL)
-        self.processes[name].wait()
 
     def close(self) -> None:
         for process in self.processes.values():
@@ -135,11 +136,17 @@ class Stack:
         found: list[dict[str, Any]] = self.http.get(self.url("/workers", gateway)).json()["workers"]
         return found
 
-    def wait_ready(self, *, workers: int | None = None, gateway: int = 0) -> None:
-        """Until /ready is 200 and that many workers (default: all started) are known."""
-        wanted = workers
-        if wanted is None:
-            wanted = sum(1 for name in self._names if not name.startswith("gateway"))
+    def ready_workers(self, gateway: int = 0) -> set[str]:
+        """Names of the workers that answer that gateway."""
+        ports = {port: name for name, port in self._grpc_ports.items()}
+        return {
+            ports[int(worker["grpc_address"].rpartition(":")[2])]
+            for worker in self.workers(gateway)
+            if worker["state"] == "ready"
+        }
+
+    def wait_ready(self, gateway: int = 0) -> None:
+        """Until /ready is 200 and every worker that was started answers."""
 
         def is_ready() -> bool:
             for name, process in self.processes.items():
@@ -149,11 +156,20 @@ class Stack:
             try:
                 if self.http.get(self.url("/ready", gateway)).status_code != httpx.codes.OK:
                     return False
-                return len(self.workers(gateway)) >= wanted
+                return self.ready_workers(gateway) == self._grpc_ports.keys()
             except httpx.TransportError:
                 return False
 
         wait_until(is_ready, START_TIMEOUT_S, "the stack is ready")
+
+    def revive(self, name: str) -> None:
+        """Bring a killed or frozen worker back, and wait until it serves."""
+        if self.processes[name].poll() is None:
+            self.signal(name, signal.SIGCONT)
+        else:
+            wait_until(lambda: name not in self.ready_workers(), 10.0, f"{name} is known dead")
+            self.start(name)
+        self.wait_ready()
 
     def metrics(self, address: str) -> dict[str, float]:
         """A worker's samples, `name{label=value,...}` -> value, without the labels all have."""

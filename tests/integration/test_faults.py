@@ -102,15 +102,6 @@ def consume(
     return tokens, times, error
 
 
-def revive(stack: Stack, victim: str, number: signal.Signals) -> None:
-    if number is signal.SIGSTOP:
-        stack.signal(victim, signal.SIGCONT)
-    else:
-        stack.processes[victim].wait()
-        stack.start(victim)
-    stack.wait_ready()
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize("stage", STAGES)
@@ -130,7 +121,7 @@ def test_the_stream_goes_on_when_another_worker_lives(
     gaps = [later - earlier for earlier, later in zip([strike.at, *times], times, strict=False)]
     after = [gap for gap, moment in zip(gaps, times, strict=True) if moment > strike.at]
     assert max(after, default=0.0) < GOES_ON_WITHIN_S
-    revive(pairs, strike.victim, FAULTS[fault])
+    pairs.revive(strike.victim)
     pairs.wait_drained()
 
 
@@ -163,7 +154,7 @@ def test_without_another_worker_the_stream_ends_with_an_error_and_service_return
         # before the first event the answer is a status with the same JSON
         assert refusal.args and '{"error":{' in refusal.args[0].replace(" ", "")
         assert time.monotonic() - started < 2 * GOES_ON_WITHIN_S
-    revive(single, strike.victim, number)
+    single.revive(strike.victim)
     for i in range(100):
         answer = single.complete([0, 5 + i, 9], max_tokens=3, ignore_eos=True)
         assert len(token_ids_of(answer)) == 3
