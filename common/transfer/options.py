@@ -48,9 +48,9 @@ class TransferOptions:
     bind: str = "tcp://127.0.0.1:*"
     advertise_host: str | None = None
     arena_dir: Path | None = Path("/dev/shm")
-    slot_bytes: int = 1 << 20  # the largest chunk
+    slot_bytes: int = 2 << 20  # the largest chunk
     arena_bytes: int = 64 << 20  # all that a receiver lets senders have in flight
-    window_slots: int = 16  # the most that one transfer may have in flight
+    window_slots: int = 8  # the most that one transfer may have in flight
     bulk_sockets: int = 2  # connections a pair ships rows over
     connect_timeout_s: float = 2.0  # until HELLO is answered
     stall_s: float = 1.0  # without a byte of progress: ask again

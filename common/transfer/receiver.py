@@ -861,12 +861,13 @@ class Receiver:
     def _receive_bulk(self, socket: Socket, is_shared: bool) -> None:
         num_waiting = len(self._chunks)
         for _ in range(MESSAGES_PER_ROUND):
-            frames = receive(socket, copy=False)
+            # rows stay where ZeroMQ received them until they are injected
+            frames = receive(socket, copy=is_shared)
             if frames is None:
                 break
-            identity = frames[0].bytes
+            identity = frames[0] if is_shared else frames[0].bytes
             if is_shared and len(frames) == 2:
-                packed = frames[1].bytes
+                packed = frames[1]
                 headers = [packed[i : i + HEADER.size] for i in range(0, len(packed), HEADER.size)]
             elif not is_shared and len(frames) == 3:
                 headers = [frames[1].bytes]

@@ -86,7 +86,7 @@ class _Outgoing:
     granted_at: float | None = None
     pieces: list[Piece] = field(default_factory=list)
     chunks: deque[ChunkRows] = field(default_factory=deque)
-    credits: deque[int] = field(default_factory=deque)
+    credits: list[int] = field(default_factory=list)
     shipped: list[_Shipped] = field(default_factory=list)  # by sequence number
     in_slot: dict[int, int] = field(
         default_factory=dict
@@ -484,7 +484,8 @@ class Sender:
             self._plan(transfer)
         if not transfer.chunks or not transfer.credits:
             return None
-        return len(transfer.shipped), transfer.chunks[0], transfer.credits[0]
+        # the slot that came back last is the warmest in the caches
+        return len(transfer.shipped), transfer.chunks[0], transfer.credits[-1]
 
     def _plan(self, transfer: _Outgoing) -> None:
         max_bytes = min(transfer.connection.slot_bytes, self._options.slot_bytes)
@@ -540,7 +541,7 @@ class Sender:
             self._stats["reships"] += 1
             return
         transfer.progress_at = now
-        transfer.credits.popleft()
+        transfer.credits.pop()
         transfer.chunks.popleft()
         transfer.shipped.append(_Shipped(chunk, slot, digest))
         transfer.in_slot[slot] = sequence
