@@ -42,13 +42,25 @@ def _attend_tile(
     scale: float,
 ) -> Tensor:
     num_tokens, _, dim = q.shape
-    keys = window.index_select(0, window_rows.flatten()).view(num_tokens, -1, dim)
+    queries = q.float()
+    # products apart, scores together: the gathered keys are the large part, and are not copied
+    pools = [(window, window_rows)]
     if entries is not None and entry_rows is not None:
-        picked = entries.index_select(0, entry_rows.flatten()).view(num_tokens, -1, dim)
-        keys = torch.cat([keys, picked], dim=1)
-    keys = keys.float()
-    scores = torch.baddbmm(bias.unsqueeze(1), q.float(), keys.mT, alpha=scale)
-    with_sink = torch.cat([scores, sink.view(1, -1, 1).expand(num_tokens, -1, -1)], dim=-1)
-    # [num_tokens, num_heads, num_keys]
-    weights = with_sink.softmax(-1)[..., :-1]
-    return torch.bmm(weights, keys).to(q.dtype)
+        pools.append((entries, entry_rows))
+    keys = [
+        pool.index_select(0, rows.flatten()).view(num_tokens, -1, dim).float()
+        for pool, rows in pools
+    ]
+    widths = [part.shape[1] for part in keys]
+    biases = torch.split_with_sizes(bias.unsqueeze(1), widths, dim=2)
+    scores = [
+        torch.baddbmm(part_bias, queries, part.mT, alpha=scale)
+        for part_bias, part in zip(biases, keys, strict=True)
+    ]
+    scores.append(sink.view(1, -1, 1).expand(num_tokens, -1, -1))
+    # [num_tokens, num_heads, num_keys + 1]
+    weights = torch.cat(scores, dim=-1).softmax(-1)
+    out = torch.bmm(weights[..., : widths[0]], keys[0])
+    if len(keys) > 1:
+        out.baddbmm_(weights[..., widths[0] : -1], keys[1])
+    return out.to(q.dtype)
