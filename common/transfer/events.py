@@ -23,6 +23,7 @@ REASONS = frozenset(
         "layout_mismatch",
         "old_epoch",
         "peer_lost",
+        "preempted",
         "protocol",
         "protocol_version",
         "stalled",
@@ -99,6 +100,7 @@ class Committed:
     seconds: float  # from the grant to the commit
     exposed_s: float  # from finish() to the commit: what no computation hid
     num_bytes: int
+    tier: str = ""  # shared, tcp, inproc
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ class Ready:
     seconds: float  # from the grant to here
     exposed_s: float = 0.0  # of those, after the first token was sampled
     inject_s: float = 0.0  # of those, spent checking and scattering chunks
+    tier: str = ""  # shared, tcp, inproc
 
 
 @dataclass(frozen=True, slots=True)

@@ -411,7 +411,7 @@ class DecodeEngine:
             key=lambda request: request.seniority,
         )
         self._meters.decode.preemptions.inc()
-        self._retry(youngest, "preempted", "the decode ran out of blocks")
+        self._retry(youngest, "preempted", "the decode ran out of blocks", "preempted")
 
     # Ends
 

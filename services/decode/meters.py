@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from scission.common.cache.block_pool import BlockPool
 from scission.common.metrics import DecodeMetrics, EngineMetrics, Metrics, TransferMetrics
-from scission.common.transfer.events import Ready
+from scission.common.transfer.events import Ready, known_reason
 
 # The receiver's running totals of messages that it dropped, by the reason they are shown under.
 _DROPPED = {
@@ -14,11 +14,6 @@ _DROPPED = {
     "dropped_invalid": "malformed",
     "dropped_unknown": "unknown_transfer",
 }
-# Why a transfer may end, as a label; a peer's own words are shown as "other".
-_REASONS = frozenset(
-    {"finished", "cancelled", "superseded", "deadline", "stalled", "corrupt", "incomplete"}
-    | {"protocol", "peer_lost", "draining", "no_grant"}
-)
 
 
 class DecodeMeters:
@@ -39,11 +34,11 @@ class DecodeMeters:
 
     def lost(self, reason: str) -> None:
         """A transfer ended without this decode's doing."""
-        self.transfer.failures(reason if reason in _REASONS else "other").inc()
+        self.transfer.failures(known_reason(reason)).inc()
 
     def aborted(self, reason: str) -> None:
         """This decode ended a transfer."""
-        self.transfer.aborts(reason if reason in _REASONS else "other").inc()
+        self.transfer.aborts(known_reason(reason)).inc()
 
     def step(self, num_tokens: int, num_drawn: int, seconds: float) -> None:
         self.engine.step_tokens.observe(num_tokens)

@@ -61,6 +61,12 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3  # in a row; then the process gives up
 LOGITS_BYTES = 256 << 20  # that the prompt logprobs of one step may take
+# What a transfer's failure is to the gateway; every other one is "transfer_failed".
+_RETRY_REASONS = {
+    "peer_lost": "peer_lost",
+    "unreachable": "peer_lost",
+    "preempted": "preempted",
+}
 
 
 class PrefillEngine:
@@ -340,8 +346,7 @@ class PrefillEngine:
             case Failed(reason="deadline"):
                 request.transfer = None  # as ours: `_expire` says so
             case Failed():
-                is_peer_lost = event.reason in ("peer_lost", "unreachable")
-                reason = "peer_lost" if is_peer_lost else "transfer_failed"
+                reason = _RETRY_REASONS.get(event.reason, "transfer_failed")
                 self._lost(request, event.reason, reason, event.reason)
             case _:
                 pass

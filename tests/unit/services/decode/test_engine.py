@@ -351,7 +351,7 @@ def test_an_arriving_request_can_be_the_youngest() -> None:
     bed.submit("young", [2] * 8, max_tokens=15)
     handle = bed.reserve("young")
     bed.finish_all()
-    assert bed.receiver.aborted == {handle: "cancelled"}
+    assert bed.receiver.aborted == {handle: "preempted"}
     assert bed.kinds("old")[-1] == "ended"
 
 

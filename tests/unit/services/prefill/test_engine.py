@@ -430,7 +430,13 @@ def test_no_lease_runs_while_a_granted_transfer_does() -> None:
 
 @pytest.mark.parametrize(
     ("end", "reason"),
-    [("refuse", "refused"), ("mismatch", "layout_mismatch"), ("lose", "peer_lost")],
+    [
+        ("refuse", "refused"),
+        ("mismatch", "layout_mismatch"),
+        ("peer_lost", "peer_lost"),
+        ("preempted", "preempted"),
+        ("stalled", "transfer_failed"),
+    ],
 )
 @pytest.mark.parametrize("turns", [1, 3])
 def test_a_lost_transfer_keeps_the_state_for_a_redirect(end: str, reason: str, turns: int) -> None:
@@ -445,7 +451,7 @@ def test_a_lost_transfer_keeps_the_state_for_a_redirect(end: str, reason: str, t
         case "mismatch":
             prefill.sender.refuse(handle, "layout_mismatch", "numerics")
         case _:
-            prefill.sender.fail(handle)
+            prefill.sender.fail(handle, end)
     prefill.sender.end(handle)
     prefill.turn()
     (retry,) = prefill.events("a", "retry")
