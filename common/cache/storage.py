@@ -5,6 +5,7 @@ Block 0 and slot 0 are scratch: padding writes there, nothing reads them, no poo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,14 @@ from scission.common.cache.layout import CacheLayout, Component, Kind
 SCRATCH = 0
 
 Bytes = NDArray[np.uint8]
+
+
+class Mark(Protocol):
+    """A point in a device's work."""
+
+    def query(self) -> bool:
+        """Whether the device has come past it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,12 @@ class CacheStorage:
         self.paged: dict[str, Tensor] = {}
         self.slots: dict[str, Tensor] = {}
         self._byte_views: dict[str, Bytes] = {}
+        # reading for a transfer does not wait for the steps that run meanwhile
+        self._read_stream = (
+            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            if device.type == "cuda"
+            else None
+        )
         for c in layout.components:
             dtype = getattr(torch, c.dtype)
             if c.kind is Kind.PAGED:
@@ -121,6 +136,17 @@ class CacheStorage:
         target = self.rows(component)[layers[0] : layers[1]].view(torch.uint8)
         target.index_copy_(1, index.to(self.device), data)
 
+    def mark(self) -> Mark | None:
+        """The work given to the device so far by this thread; None where it is done already.
+
+        Rows that it writes may be read by another thread once the mark is passed.
+        """
+        if self.device.type != "cuda":
+            return None
+        mark: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        mark.record(torch.cuda.current_stream(self.device))
+        return mark
+
     def read_rows(self, place: RowPlace, out: Bytes) -> None:
         """Copy the rows into host memory, canonical order (layer, then row).
 
@@ -131,8 +157,10 @@ class CacheStorage:
         if self.device.type != "cpu":
             index = self.row_index(component, place.rows, place.block_ids, place.slot)
             source = self.rows(component)[place.layers[0] : place.layers[1]].view(torch.uint8)
-            picked = torch.index_select(source, 1, index.to(self.device))
-            torch.from_numpy(out).copy_(picked.view(-1))
+            with torch.cuda.stream(self._read_stream):
+                picked = torch.index_select(source, 1, index.to(self.device))
+                # to pageable memory: the copy is complete when this returns
+                torch.from_numpy(out).copy_(picked.view(-1))
             return
         base = self._row_bytes(component)[place.layers[0] : place.layers[1]]
         shaped = out.reshape(base.shape[0], place.rows[1] - place.rows[0], base.shape[2])

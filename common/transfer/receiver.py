@@ -528,8 +528,14 @@ class Receiver:
                     seconds=seconds,
                     exposed_s=min(seconds, exposed_s),
                     inject_s=transfer.inject_s,
+                    tier=self._tier(transfer.session),
                 )
             )
+
+    def _tier(self, session: _Session) -> str:
+        if session.tier == transfer_pb2.TIER_SHARED:
+            return "shared"
+        return self.address.split(":", 1)[0]
 
     def _ask_again(self, transfer: _Incoming, sequences: list[int]) -> None:
         """RESHIP, or the end of a transfer whose chunks will not come whole."""

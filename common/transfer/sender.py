@@ -16,7 +16,7 @@ import numpy as np
 import zmq
 from google.protobuf.message import Message
 
-from scission.common.cache.storage import Bytes, CacheStorage, RowPlace
+from scission.common.cache.storage import Bytes, CacheStorage, Mark, RowPlace
 from scission.common.errors import TransferError
 from scission.common.transfer.connection import Connection
 from scission.common.transfer.events import (
@@ -49,7 +49,7 @@ from scission.protos import transfer_pb2
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.02  # while transfers are open
-BLOCKED_S = 0.001  # while a chunk waits for a socket or a staging buffer
+BLOCKED_S = 0.001  # while a chunk waits for a socket, a staging buffer or the device
 CHUNKS_PER_ROUND = 4  # between two looks at the sockets
 
 
@@ -84,6 +84,7 @@ class _Outgoing:
     asked_at: float = 0.0  # RESERVE last sent; 0: not yet
     is_answered: bool = False  # by WAIT or GRANT
     granted_at: float | None = None
+    computing: deque[tuple[Mark | None, Piece | _Finish]] = field(default_factory=deque)
     pieces: list[Piece] = field(default_factory=list)
     chunks: deque[ChunkRows] = field(default_factory=deque)
     credits: list[int] = field(default_factory=list)
@@ -145,6 +146,7 @@ class Sender:
         self._aborting: dict[
             int, tuple[Connection, str, float]
         ] = {}  # until ABORT_ACK: reason, sent at
+        self._computing: set[_Outgoing] = set()  # with pieces that a device is still writing
         self._turns: deque[int] = deque()  # transfers that may have something to ship
         self._staging = _Staging(options.slot_bytes, options.window_slots)
         self._watched_at = 0.0
@@ -186,7 +188,8 @@ class Sender:
         Pieces may come in any order and cut, but every token and layer in exactly one before
         `finish`.
         """
-        self._loop.call(partial(self._piece_ready, handle, Piece(layers, tokens)))
+        mark = self._storage.mark()
+        self._loop.call(partial(self._declare, handle, mark, Piece(layers, tokens)))
 
     def finish(
         self,
@@ -198,7 +201,7 @@ class Sender:
         time.monotonic().
         """
         finish = _Finish(sequences, first_token_at, time.monotonic())
-        self._loop.call(partial(self._finish, handle, finish))
+        self._loop.call(partial(self._declare, handle, self._storage.mark(), finish))
 
     def abort(self, handle: TransferHandle, reason: str) -> None:
         """End the transfer without an outcome event; Closed follows, also for one that has ended
@@ -285,17 +288,26 @@ class Sender:
             ),
         )
 
-    def _piece_ready(self, handle: TransferHandle, piece: Piece) -> None:
+    def _declare(self, handle: TransferHandle, mark: Mark | None, what: Piece | _Finish) -> None:
         transfer = self._transfers.get(handle.transfer_id)
         if transfer is not None:
-            add_piece(transfer.pieces, piece)
-            self._take_turn(transfer)
+            transfer.computing.append((mark, what))
+            self._admit(transfer)
 
-    def _finish(self, handle: TransferHandle, finish: _Finish) -> None:
-        transfer = self._transfers.get(handle.transfer_id)
-        if transfer is not None:
-            transfer.finish = finish
+    def _admit(self, transfer: _Outgoing) -> None:
+        """Take what the device has finished writing; the rest is looked at again soon."""
+        computing = transfer.computing
+        while computing and (computing[0][0] is None or computing[0][0].query()):
+            _, what = computing.popleft()
+            if isinstance(what, Piece):
+                add_piece(transfer.pieces, what)
+            else:
+                transfer.finish = what
             self._take_turn(transfer)
+        if computing:
+            self._computing.add(transfer)
+        else:
+            self._computing.discard(transfer)
 
     def _abort(self, handle: TransferHandle, reason: str) -> None:
         transfer = self._transfers.get(handle.transfer_id)
@@ -384,6 +396,7 @@ class Sender:
                 now - transfer.granted_at,
                 now - transfer.finish.at,
                 transfer.num_bytes,
+                transfer.connection.tier,
             ),
         )
 
@@ -424,6 +437,7 @@ class Sender:
         """
         transfer_id = transfer.handle.transfer_id
         del self._transfers[transfer_id]
+        self._computing.discard(transfer)
         if abort_reason is not None and transfer.asked_at and transfer.connection.is_up:
             self._send_abort(transfer_id, transfer.connection, abort_reason)
         if event is not None:
@@ -580,6 +594,8 @@ class Sender:
     # I/O thread: time
 
     def _tick(self, now: float) -> float:
+        for transfer in list(self._computing):
+            self._admit(transfer)
         is_blocked = self._ship()
         if now - self._watched_at >= TICK_S:
             self._watched_at = now
@@ -588,6 +604,8 @@ class Sender:
             return BLOCKED_S
         if self._turns:
             return 0.0
+        if self._computing:
+            return BLOCKED_S
         return TICK_S if self._transfers or self._aborting else IDLE_S
 
     def _watch_all(self, now: float) -> None:

@@ -1,5 +1,6 @@
 """A request's state from one endpoint to the other, over every tier."""
 
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def test_manifest_carries_the_first_tokens(tier: str, tmp_path: Path) -> None:
         ready = pair.expect_receiver(Ready)
         assert isinstance(ready, Ready)
         assert list(ready.manifest.sequences) == sequences
+        assert ready.tier == tier
         assert ready.num_bytes == pair.source.layout.shipped_bytes(3)
         pair.expect_sender(Closed)
 
@@ -117,6 +119,45 @@ def test_one_state_goes_to_two_destinations(tier: str, tmp_path: Path) -> None:
             ]
             assert torch.equal(views[0], views[1])
             assert torch.equal(views[0], views[2])
+
+
+class _Point:
+    """A device's work that a test ends."""
+
+    def __init__(self) -> None:
+        self.is_passed = False
+
+    def query(self) -> bool:
+        return self.is_passed
+
+
+def test_rows_are_not_read_before_the_device_has_written_them(tmp_path: Path) -> None:
+    source, target = Room([3, 1, 7], 2), Room([5, 6, 2], 1)
+    with make_pair("tcp", tmp_path) as pair:
+        points: list[_Point] = []
+
+        def mark() -> _Point:
+            points.append(_Point())
+            return points[-1]
+
+        pair.source.mark = mark  # type: ignore[method-assign]
+        pair.grant_into(target)
+        handle = pair.reserve(21, source)
+        pair.expect_sender(Granted)
+        pair.sender.piece_ready(handle, (0, 4), (0, 16))
+        pair.sender.piece_ready(handle, (0, 4), (16, 21))
+        pair.finish(handle)
+        until = time.monotonic() + 0.1
+        pair.run_until(lambda: time.monotonic() > until)
+        assert not pair.sender.stats().get("chunks")
+        fill_noise(pair.source, seed=5)
+        points[0].is_passed = True
+        pair.run_until(lambda: pair.sender.stats().get("chunks", 0) > 0)
+        assert pair.receiver_event(Ready) is None
+        for point in points:
+            point.is_passed = True
+        pair.expect_sender(Closed)
+        pair.assert_arrived(21, source, target)
 
 
 @st.composite
