@@ -31,12 +31,19 @@ class OneSequence:
 class OneProcess:
     """Feeds chunks of sequences to a model, in whatever batches the caller asks for."""
 
-    def __init__(self, loaded: LoadedModel, max_seqs: int = 8, max_tokens: int = 1024) -> None:
-        """Room for `max_seqs` sequences of `max_tokens` tokens."""
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        max_seqs: int = 8,
+        max_tokens: int = 1024,
+        device: torch.device = CPU,
+    ) -> None:
+        """Room for `max_seqs` sequences of `max_tokens` tokens, on the device of the weights."""
         self.loaded = loaded
+        self._device = device
         self._blocks_each = loaded.layout.num_blocks(max_tokens)
         num_blocks = SCRATCH + 1 + max_seqs * self._blocks_each
-        self.storage = CacheStorage(loaded.layout, num_blocks, SCRATCH + 1 + max_seqs, CPU)
+        self.storage = CacheStorage(loaded.layout, num_blocks, SCRATCH + 1 + max_seqs, device)
         self._num_seqs = 0
 
     def new_sequence(self) -> OneSequence:
@@ -69,7 +76,7 @@ class OneProcess:
             )
             for sequence, token_ids in fed
         ]
-        result = self.loaded.model.forward(build_batch(chunks, CPU), self.storage)
+        result = self.loaded.model.forward(build_batch(chunks, self._device), self.storage)
         for sequence, token_ids in fed:
             sequence.token_ids.extend(token_ids)
         return result

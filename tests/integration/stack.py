@@ -108,7 +108,11 @@ class Stack:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(["src", os.environ.get("PYTHONPATH", "")]),
+                    "OMP_NUM_THREADS": "1",
+                },
             )
 
     def signal(self, name: str, number: signal.Signals) -> None:
