@@ -9,8 +9,7 @@ tokens are prefilled anew. Everything here runs on the event loop, in reaction t
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 
 from scission.common.config import AdmissionOptions
 from scission.common.errors import (
@@ -23,23 +22,17 @@ from scission.common.errors import (
 )
 from scission.common.inference_messages import (
     failed_from_proto,
-    forced_to_proto,
     prompt_logprobs_from_proto,
-    sampling_to_proto,
     tokens_from_proto,
 )
 from scission.common.log import request_logger
 from scission.common.metrics import GatewayMetrics
-from scission.common.types import Finish, FinishReason, Token, TokenLogprobs
+from scission.common.types import Finish, FinishReason
 from scission.protos import inference_pb2
-from scission.services.gateway.delivery import Delivery
-from scission.services.gateway.engine import (
-    EngineEvent,
-    GenerationRequest,
-    PromptReady,
-    TokenBatch,
-)
+from scission.services.gateway.answer import Answer
+from scission.services.gateway.engine import EngineEvent, GenerationRequest, TokenBatch
 from scission.services.gateway.registry import Worker
+from scission.services.gateway.request_messages import RequestMessages
 from scission.services.gateway.router import Demand, Router
 from scission.services.gateway.timeline import Timeline
 from scission.services.gateway.worker_link import WorkerLink
@@ -75,28 +68,16 @@ class RequestRun:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.request = request
-        self._gateway_epoch = gateway_epoch
         self._router = router
         self._options = options
         self._metrics = metrics
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._logger = request_logger(logger, request.external_id or request.request_id)
-        self._sampling = sampling_to_proto(request.sampling)
-
-        # What leaves for the caller.
-        self._delivery = Delivery(request.n)
-        self._outputs: deque[EngineEvent | ScissionError] = deque()
-        self._early: list[EngineEvent] = []  # arrived before PromptReady could leave
-        self._wakened = asyncio.Event()
+        self._messages = RequestMessages(request, gateway_epoch, clock)
+        self._answer = Answer(request)
+        self._delivery = self._answer.delivery
         self._is_over = False
-        self._is_prompt_ready = False
-        num_scored = len(request.prompt_token_ids) - 1
-        self._prompt_logprobs: list[TokenLogprobs | None] = [None]
-        self._num_unscored = 0
-        if request.sampling.prompt_logprobs is not None:
-            self._prompt_logprobs += [None] * num_scored
-            self._num_unscored = num_scored
         self._timeline = Timeline(request.arrival, clock())
 
         # The current attempt. While a retry is awaited its workers are None, but for a prefill
@@ -106,7 +87,6 @@ class RequestRun:
         self._prefill_since = 0  # the attempt that began with this prefill
         self._is_prefill_accepted = False
         self._prefill_ended_at: float | None = None
-        self._prefilled: inference_pb2.Prefilled | None = None
         self._decode: Worker | None = None
         self._is_decode_ended = False
         self._is_committed = False
@@ -148,14 +128,7 @@ class RequestRun:
         Raises:
             ScissionError: what ended the request.
         """
-        while not self._outputs:
-            if self._is_over:
-                return None
-            self._wakened.clear()
-            await self._wakened.wait()
-        event = self._outputs.popleft()
-        if isinstance(event, ScissionError):
-            raise event
+        event = await self._answer.next()
         if isinstance(event, TokenBatch):
             self._timeline.last_token_at = self._clock()
             if self._timeline.first_token_at is None:
@@ -196,33 +169,15 @@ class RequestRun:
         self._prefill_since = self._attempt
         self._is_prefill_accepted = False
         self._prefill_ended_at = None
-        self._prefilled = None
         self._is_committed = self._is_decode_ended = False
         self._prefill, self._decode = pair.prefill, pair.decode
         self._delivery.begin_attempt()
-        now = self._clock()
-        self._timeline.begin_prefill(self._attempt, now)
+        self._timeline.begin_prefill(self._attempt, self._clock())
         destination = None if pair.decode is None else pair.decode.link.destination
-        self._submit(
-            pair.prefill,
-            inference_pb2.PrefillRequest(
-                gateway_epoch=self._gateway_epoch,
-                request_id=self.request.request_id,
-                attempt=self._attempt,
-                remaining_ms=self._remaining_ms(),
-                prompt_token_ids=self.request.prompt_token_ids,
-                sampling=self._sampling,
-                num_choices=self.request.n,
-                forced=forced_to_proto(self._delivery.forced()),
-                destination=destination,
-                cache_salt=self.request.cache_salt,
-                waited_s=now - self.request.arrival,
-                priority=self.request.priority,
-                external_id=self.request.external_id,
-            ),
-        )
+        forced = self._delivery.forced()
+        self._submit(pair.prefill, self._messages.prefill(self._attempt, forced, destination))
         if pair.decode is not None:
-            self._submit_decode(pair.decode)
+            self._submit(pair.decode, self._messages.decode(self._attempt, forced))
 
     def _begin_redirect(self) -> None:
         """Have the prefill ship what it holds to another decode, as the next attempt."""
@@ -241,33 +196,9 @@ class RequestRun:
         self._is_committed = self._is_decode_ended = False
         self._delivery.begin_attempt()
         self._metrics.redirects.inc()
-        self._submit_decode(decode)
-        request = inference_pb2.RedirectRequest(
-            gateway_epoch=self._gateway_epoch,
-            request_id=self.request.request_id,
-            attempt=self._attempt,
-            remaining_ms=self._remaining_ms(),
-            destination=decode.link.destination,
-        )
-        self._own(self._await_redirect(prefill, request))
-
-    def _submit_decode(self, decode: Worker) -> None:
-        self._submit(
-            decode,
-            inference_pb2.DecodeRequest(
-                gateway_epoch=self._gateway_epoch,
-                request_id=self.request.request_id,
-                attempt=self._attempt,
-                remaining_ms=self._remaining_ms(),
-                prompt_token_ids=self.request.prompt_token_ids,
-                sampling=self._sampling,
-                num_choices=self.request.n,
-                forced=forced_to_proto(self._delivery.forced()),
-                waited_s=self._clock() - self.request.arrival,
-                priority=self.request.priority,
-                external_id=self.request.external_id,
-            ),
-        )
+        self._submit(decode, self._messages.decode(self._attempt, self._delivery.forced()))
+        redirect = self._messages.redirect(self._attempt, decode.link.destination)
+        self._own(self._await_redirect(prefill, redirect))
 
     def _submit(
         self,
@@ -367,7 +298,7 @@ class RequestRun:
             self._fail(error)
             return
         refusal, self._refusal = self._refusal, None
-        if not (self._is_prompt_ready or self._num_deaths or self._num_faults):
+        if not (self._answer.is_prompt_ready or self._num_deaths or self._num_faults):
             if isinstance(error, CapacityError) and isinstance(refusal, UnavailableError):
                 error = refusal
             is_full = isinstance(error, CapacityError)
@@ -451,11 +382,12 @@ class RequestRun:
                 self._survives(worker)
 
     def _on_prefill_lost_after_commit(self, worker: Worker, reason: str) -> None:
-        if not self._is_prompt_ready:
-            if self._num_unscored:
-                self._on_death(worker, reason, can_redirect=False)
-                return
-            self._leave_prompt(PromptReady())
+        if self._answer.lacks_prompt_logprobs:
+            self._on_death(worker, reason, can_redirect=False)
+            return
+        if not self._answer.is_prompt_ready:
+            self._answer.set_computed(cached_tokens=0)
+            self._check_complete()
         if self._delivery.has_gap:
             self._on_death(worker, reason, can_redirect=False)
 
@@ -489,19 +421,10 @@ class RequestRun:
             and timeline.attempt == self._prefill_since
         ):
             timeline.token_sent_at = worker.link.sent_at
-        tokens, finishes = tokens_from_proto(event.tokens)
-        self._deliver(tokens, finishes)
-
-    def _deliver(self, tokens: Iterable[Token], finishes: Iterable[Finish]) -> None:
-        ready, finished = self._delivery.add(tokens, finishes)
-        if ready:
-            self._emit(TokenBatch(tuple(ready)))
-        for finish in finished:
-            self._emit(finish)
-        if self._delivery.is_done:
-            if self._is_prompt_ready:
-                self._finish("finished")
-        elif self._delivery.has_gap:
+        self._answer.add(*tokens_from_proto(event.tokens))
+        if self._check_complete():
+            return
+        if self._delivery.has_gap:
             if self._is_committed and self._prefill is None:
                 self._retry("token_gap", is_fault=True, can_redirect=False)
             elif self._gap_timer is None:
@@ -515,39 +438,14 @@ class RequestRun:
         self._retry("token_gap", is_fault=True, can_redirect=True)
 
     def _on_prompt_logprobs(self, worker: Worker, event: inference_pb2.RequestEvent) -> None:
-        start, entries = prompt_logprobs_from_proto(event.prompt_logprobs)
-        for position, entry in enumerate(entries, start):
-            if position < len(self._prompt_logprobs) and self._prompt_logprobs[position] is None:
-                self._prompt_logprobs[position] = entry
-                self._num_unscored -= 1
-        self._check_prompt()
+        self._answer.add_prompt_logprobs(*prompt_logprobs_from_proto(event.prompt_logprobs))
+        self._check_complete()
 
     def _on_prefilled(self, worker: Worker, event: inference_pb2.RequestEvent) -> None:
-        self._prefilled = event.prefilled
         if self._timeline.prefilled is None:
             self._timeline.prefilled = event.prefilled
-        self._check_prompt()
-
-    def _check_prompt(self) -> None:
-        """The prompt is ready once it is computed and every wanted logprob is there."""
-        if self._is_prompt_ready or self._prefilled is None or self._num_unscored:
-            return
-        is_scored = self.request.sampling.prompt_logprobs is not None
-        self._leave_prompt(
-            PromptReady(
-                cached_tokens=self._prefilled.cached_tokens,
-                prompt_logprobs=tuple(self._prompt_logprobs) if is_scored else None,
-            )
-        )
-
-    def _leave_prompt(self, prompt: PromptReady) -> None:
-        self._is_prompt_ready = True
-        self._emit(prompt)
-        early, self._early = self._early, []
-        for event in early:
-            self._emit(event)
-        if self._delivery.is_done:
-            self._finish("finished")
+        self._answer.set_computed(event.prefilled.cached_tokens)
+        self._check_complete()
 
     def _on_committed(self, worker: Worker, event: inference_pb2.RequestEvent) -> None:
         if worker is self._decode:
@@ -565,9 +463,10 @@ class RequestRun:
         self._prefill_ended_at = self._clock()
         if self._decode is not None or self._retry_timer is not None:
             return
-        if self.request.sampling.max_tokens == 0 and self._is_prompt_ready:
+        if self.request.sampling.max_tokens == 0 and self._answer.is_prompt_ready:
             unfinished = self._delivery.unfinished
-            self._deliver((), [Finish(choice, FinishReason.LENGTH) for choice in unfinished])
+            self._answer.add((), [Finish(choice, FinishReason.LENGTH) for choice in unfinished])
+            self._check_complete()
         else:
             self._retry("incomplete", is_fault=True, can_redirect=False)
 
@@ -614,22 +513,21 @@ class RequestRun:
 
     # -- ends
 
-    def _emit(self, event: EngineEvent) -> None:
-        if not self._is_prompt_ready:
-            self._early.append(event)
-            return
-        self._outputs.append(event)
-        self._wakened.set()
+    def _check_complete(self) -> bool:
+        """Whether the request is over because everything has been put out."""
+        if not self._is_over and self._answer.is_complete:
+            self._finish("finished")
+        return self._is_over
 
     def _fail(self, error: ScissionError, reason: str = "failed") -> None:
         if self._is_over:
             return
-        self._outputs.append(error)
-        self._finish(reason)
+        self._finish(reason, error)
 
-    def _finish(self, reason: str) -> None:
+    def _finish(self, reason: str, error: ScissionError | None = None) -> None:
         """The request is over; whoever still works for it is told."""
         self._is_over = True
+        self._answer.end(error)
         # After COMMIT a request that ran to its end is over for both workers too.
         if reason != "finished" or not self._is_committed:
             if reason != "finished":
@@ -640,7 +538,6 @@ class RequestRun:
                 worker.link.sinks.pop(self.request.request_id, None)
         for timer in (self._deadline_timer, self._retry_timer, self._gap_timer):
             self._disarm(timer)
-        self._wakened.set()
 
     def _leave_prefill(self, reason: str) -> None:
         if self._prefill is not None:
@@ -680,9 +577,6 @@ class RequestRun:
             else:
                 needs_decode = num_left > 0
         return Demand(token_ids, self.request.cache_salt, num_left, needs_decode)
-
-    def _remaining_ms(self) -> int:
-        return max(1, int((self.request.deadline - self._clock()) * 1000))
 
     @staticmethod
     def _disarm(timer: asyncio.TimerHandle | None) -> None:
