@@ -4,28 +4,29 @@ Which rows a query sees, which ring rows a chunk looks back on and overwrites, w
 entries the step completes and from which rows. Everything is made from the batch's host numbers
 and index arithmetic on the device: no layer asks again, and nothing waits for the device.
 
-Rows are numbers into a pool flattened to [rows, width]: a ring's is slot * ring_size + position %
-ring_size, a paged component's block * rows_per_block + entry % rows_per_block.
+How rows are numbered is in `rows`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from scission.common.model.batch import ForwardBatch
+from scission.common.model.rows import (
+    RingWrites,
+    is_single_token,
+    look_back_rows,
+    paged_rows,
+    plan_ring_writes,
+    ragged_range,
+    recent_rows,
+    repeat_each,
+)
 from scission.kernels.rope import rotations
 
 _ABSENT = float("-inf")
-
-
-@dataclass(frozen=True, slots=True)
-class RingWrites:
-    """pool[rows[i]] = fresh[tokens[i]] for every ring of one size; tokens None: all, in order."""
-
-    rows: Tensor
-    tokens: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def plan_step(
     ring_sizes = {geometry.window} | {
         ratio * (1 + overlap) for ratio, overlap in geometry.overlaps.items()
     }
-    is_in_place = keeps_window and _is_single_token(batch)
+    is_in_place = keeps_window and is_single_token(batch)
     window = _plan_window(batch, geometry.window, is_in_place=is_in_place)
     plain, compressed = _plan_rotations(batch.positions, geometry)
     return StepPlan(
@@ -121,7 +122,7 @@ def plan_step(
         plain_rotation=plain,
         compressed_rotation=compressed,
         window=window,
-        ring_writes={size: _plan_ring_writes(batch, size) for size in ring_sizes},
+        ring_writes={size: plan_ring_writes(batch, size) for size in ring_sizes},
         compressions={
             ratio: _plan_compression(batch, geometry, ratio, overlap)
             for ratio, overlap in geometry.overlaps.items()
@@ -144,30 +145,6 @@ def _plan_rotations(positions: Tensor, geometry: PlanGeometry) -> tuple[Rotation
     )
 
 
-def _is_single_token(batch: ForwardBatch) -> bool:
-    return batch.num_tokens == len(batch.starts)
-
-
-def _plan_ring_writes(batch: ForwardBatch, size: int) -> RingWrites:
-    """The last `size` tokens of every writer; a padded token (position -1) goes to slot 0."""
-    if _is_single_token(batch) and len(batch.writers) == len(batch.starts):
-        return RingWrites(batch.slots * size + batch.positions % size, None)
-    writers = [
-        (sequence, slot, max(batch.starts[sequence], end - size), end)
-        for sequence, slot, end in batch.writers
-        if end > batch.starts[sequence]
-    ]
-    counts = [end - first for _, _, first, end in writers]
-    positions = _ragged_range([first for _, _, first, _ in writers], counts)
-    offsets = _offsets(batch)
-    # a token's row in the batch less its position
-    shifts = [offsets[sequence] - batch.starts[sequence] for sequence, *_ in writers]
-    tokens = positions + _repeat(shifts, counts)
-    rows = _repeat([slot * size for _, slot, *_ in writers], counts) + positions % size
-    device = batch.positions.device
-    return RingWrites(rows.to(device), tokens.to(device))
-
-
 def _plan_window(batch: ForwardBatch, size: int, *, is_in_place: bool) -> WindowPlan:
     device = batch.positions.device
     width = max(min(size, batch.max_context_len), 1)
@@ -178,8 +155,10 @@ def _plan_window(batch: ForwardBatch, size: int, *, is_in_place: bool) -> Window
     if is_in_place:
         rows = (batch.slots * size).unsqueeze(1) + positions % size
         return WindowPlan(torch.where(is_absent, rows[:, :1], rows), bias, None)
-    look_back, ends = _look_back(batch, [max(0, start - size + 1) for start in batch.starts], size)
-    rows = _recent_rows(batch, positions, batch.sequences.unsqueeze(1), look_back, ends)
+    look_back, ends = look_back_rows(
+        batch, [max(0, start - size + 1) for start in batch.starts], size
+    )
+    rows = recent_rows(batch, positions, batch.sequences.unsqueeze(1), look_back, ends)
     return WindowPlan(torch.where(is_absent, rows[:, :1], rows), bias, look_back)
 
 
@@ -201,13 +180,13 @@ def _plan_compression(
         max(0, (first - overlap) * ratio) if count else start
         for first, count, start in zip(firsts, counts, starts, strict=True)
     ]
-    look_back, ends = _look_back(batch, needed, ring_size)
-    entries = _ragged_range(firsts, counts).to(device)
-    sequences = _repeat(range(len(counts)), counts).to(device)
+    look_back, ends = look_back_rows(batch, needed, ring_size)
+    entries = ragged_range(firsts, counts).to(device)
+    sequences = repeat_each(range(len(counts)), counts).to(device)
     slots = torch.arange(per_entry, device=device)
     # [num_entries, per_entry]
     positions = ((entries - int(overlap)) * ratio).unsqueeze(1) + slots
-    rows = _recent_rows(batch, positions, sequences.unsqueeze(1), look_back, ends)
+    rows = recent_rows(batch, positions, sequences.unsqueeze(1), look_back, ends)
     initial_row = look_back.shape[0] + batch.num_tokens
     rows = torch.where(positions < 0, initial_row, rows)
     if overlap:
@@ -218,7 +197,7 @@ def _plan_compression(
         phases=phases,
         look_back=look_back,
         sources=rows,
-        rows=_paged_rows(batch, sequences, entries, geometry.block_size // ratio),
+        rows=paged_rows(batch, sequences, entries, geometry.block_size // ratio),
         rotation=rotations(entries * ratio, geometry.compressed_frequencies),
     )
 
@@ -234,7 +213,7 @@ def _plan_entries(
     numbers = torch.arange(max_entries, device=device)
     sequences = torch.arange(len(counts), device=device).unsqueeze(1)
     rows_per_block = geometry.block_size // ratio
-    rows = _paged_rows(batch, sequences, numbers.unsqueeze(0), rows_per_block)
+    rows = paged_rows(batch, sequences, numbers.unsqueeze(0), rows_per_block)
     if min(counts) < max_entries:
         num_complete = (batch.context_lens // ratio).unsqueeze(1)
         some_complete = rows[counts.index(max_entries), 0]
@@ -249,53 +228,3 @@ def _plan_entries(
         return EntryPlan(rows, bias, None, attention_bias)
     attended = rows.index_select(0, batch.sequences)
     return EntryPlan(rows, bias, attended, torch.cat([window_bias, bias], dim=1))
-
-
-def _look_back(batch: ForwardBatch, firsts: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
-    """Ring rows of the positions [firsts[i], starts[i]) of every sequence, and where each ends."""
-    device = batch.positions.device
-    counts = [max(start - first, 0) for start, first in zip(batch.starts, firsts, strict=True)]
-    ends = torch.tensor(counts).cumsum(0).to(device)
-    positions = _ragged_range(firsts, counts).to(device)
-    sequences = _repeat(range(len(counts)), counts).to(device)
-    return batch.slots[sequences] * size + positions % size, ends
-
-
-def _recent_rows(
-    batch: ForwardBatch, positions: Tensor, sequences: Tensor, look_back: Tensor, ends: Tensor
-) -> Tensor:
-    """Where positions lie in (rows `look_back`, then the fresh tokens); `sequences` broadcasts."""
-    device = positions.device
-    starts = torch.tensor(batch.starts, device=device)[sequences]
-    offsets = torch.tensor(_offsets(batch), device=device)[sequences]
-    after = positions - starts
-    fresh = look_back.shape[0] + offsets + after
-    return torch.where(after >= 0, fresh, ends[sequences] + after)
-
-
-def _paged_rows(
-    batch: ForwardBatch, sequences: Tensor, entries: Tensor, rows_per_block: int
-) -> Tensor:
-    blocks = batch.block_tables[sequences, entries // rows_per_block]
-    return blocks * rows_per_block + entries % rows_per_block
-
-
-def _offsets(batch: ForwardBatch) -> list[int]:
-    """The row of every sequence's first token."""
-    offsets = [0]
-    for start, end in zip(batch.starts, batch.ends, strict=True):
-        offsets.append(offsets[-1] + end - start)
-    return offsets[:-1]
-
-
-def _ragged_range(firsts: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """range(first, first + count) of every pair, end to end."""
-    numbers = torch.tensor(counts, dtype=torch.int64)
-    shifts = torch.tensor(firsts, dtype=torch.int64) - (numbers.cumsum(0) - numbers)
-    return torch.arange(int(numbers.sum())) + torch.repeat_interleave(shifts, numbers)
-
-
-def _repeat(values: Sequence[int], counts: Sequence[int]) -> Tensor:
-    return torch.repeat_interleave(
-        torch.tensor(values, dtype=torch.int64), torch.tensor(counts, dtype=torch.int64)
-    )
