@@ -31,6 +31,7 @@ class DecodeMeters:
         self.decode.exposed_time.observe(ready.exposed_s)
         self.transfer.seconds.observe(ready.seconds)
         self.transfer.request_bytes.observe(ready.num_bytes)
+        self.transfer.bytes(ready.tier or "unknown").inc(ready.num_bytes)
 
     def lost(self, reason: str) -> None:
         """A transfer ended without this decode's doing."""

@@ -36,6 +36,7 @@ class PrefillMeters:
         """A decode has taken a state."""
         self.transfer.seconds.observe(event.seconds)
         self.transfer.request_bytes.observe(event.num_bytes)
+        self.transfer.bytes(event.tier or "unknown").inc(event.num_bytes)
 
     def lost(self, reason: str) -> None:
         """A transfer ended without this prefill's doing."""
