@@ -56,25 +56,28 @@ class OneProcess:
 
     @torch.inference_mode()
     def step(
-        self, fed: Sequence[tuple[OneSequence, Sequence[int]]], logits: str = "last"
+        self,
+        fed: Sequence[tuple[OneSequence, Sequence[int]]],
+        logits: str | Sequence[str] = "last",
     ) -> Tensor:
         """One forward pass over the next tokens of some sequences, in this order.
 
         Args:
-            logits: "last" of every chunk, "all", or "none".
+            logits: "last" of every chunk, "all", or "none"; or one of these for each chunk.
 
         Returns:
             [num_logits, vocab_size] float32.
         """
+        each = [logits] * len(fed) if isinstance(logits, str) else logits
         chunks = [
             SequenceChunk(
                 token_ids=token_ids,
                 start=len(sequence.token_ids),
                 block_ids=sequence.block_ids,
                 slot=sequence.slot,
-                logits=logits,
+                logits=wanted,
             )
-            for sequence, token_ids in fed
+            for (sequence, token_ids), wanted in zip(fed, each, strict=True)
         ]
         result = self.loaded.model.forward(build_batch(chunks, self._device), self.storage)
         for sequence, token_ids in fed:
