@@ -2,28 +2,40 @@
 #   CPU   the default
 #   GPU   CONSTRAINTS= takes pip's own choice of torch; BASE may be an image that has a torch already
 ARG BASE=python:3.11-slim-bookworm
-FROM ${BASE}
 
-ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+# dependencies first: they change less often than the code, and torch is large
+FROM ${BASE} AS dependencies
 ARG CONSTRAINTS=requirements/cpu.txt
+ARG PIP_INDEX_URL=
 ARG PIP_EXTRA_INDEX_URL=
 ARG PIP_FIND_LINKS=
-
 WORKDIR /build
-# dependencies first: they change less often than the code, and torch is large
-COPY pyproject.toml README.md ./
+# sees the torch that BASE has, and keeps it
+RUN python3 -m venv --system-site-packages /venv
+COPY pyproject.toml ./
 COPY requirements requirements
 COPY scripts/pip_install.sh scripts/
-RUN mkdir src && bash scripts/pip_install.sh python3 '.[worker]' && python3 -m pip uninstall --quiet --yes scission
+COPY compose/wheels wheels
+RUN mkdir src && touch README.md \
+    && PIP_NO_CACHE_DIR=1 PIP_FIND_LINKS="/build/wheels $PIP_FIND_LINKS" \
+    bash scripts/pip_install.sh /venv/bin/python '.[worker]' \
+    && /venv/bin/python -m pip uninstall --quiet --yes scission
 
+FROM dependencies AS package
 COPY . .
-RUN python3 -m pip install --no-deps --quiet . && rm -rf build src/*.egg-info
+RUN /venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
+FROM ${BASE}
 # the gateway image makes the same user and folders: they share volumes
 RUN useradd --uid 10001 --create-home scission \
     && mkdir /cache /model /keys \
     && chown scission /cache /model /keys \
     && chmod 700 /keys
+COPY --from=dependencies /venv /venv
+COPY --from=package /build/dist /tmp/dist
+RUN /venv/bin/python -m pip install --quiet --no-index --no-deps --compile /tmp/dist/*.whl \
+    && rm -r /tmp/dist
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER scission
 WORKDIR /home/scission
 ENV XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface

@@ -140,7 +140,7 @@ def test_the_images_run_commands_that_exist_as_nobody_in_particular() -> None:
 
 def test_the_gateways_image_installs_no_torch() -> None:
     text = (FOLDER / "gateway.Dockerfile").read_text()
-    assert "[worker]" not in text and "pip_install.sh python3 ." in text
+    assert "[worker]" not in text and "pip_install.sh /venv/bin/python ." in text
 
 
 def test_the_dashboard_can_be_provisioned() -> None:
