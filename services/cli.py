@@ -37,7 +37,11 @@ STANDS_ON = (
 T = TypeVar("T")
 
 # name -> module whose `command` it is
-_BENCHMARKS: dict[str, str] = {"transfer": "scission.common.transfer.bench"}
+_BENCHMARKS: dict[str, str] = {
+    "decode": "scission.services.bench.decode",
+    "prefill": "scission.services.bench.prefill",
+    "transfer": "scission.common.transfer.bench",
+}
 
 
 class LazyGroup(click.Group):

@@ -1,0 +1,168 @@
+"""What a benchmark measures: a model on its device, opened as the workers open theirs."""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scission.common.cache.storage import CacheStorage
+from scission.common.checkpoint.headers import read_json
+from scission.common.checkpoint.open import open_source
+from scission.common.checkpoint.source import TensorDescription
+from scission.common.config import ModelOptions
+from scission.common.device import open_device
+from scission.common.errors import ConfigError
+from scission.common.model.batch import SequenceChunk
+from scission.common.model.config import ARCHITECTURE, DeepseekV4Config, read_config
+from scission.common.model.load import LoadedModel, load_model
+from scission.common.runner import NUM_SCRATCH, Runner
+from scission.common.sampling import SequenceSampling, sample
+from scission.common.types import SamplingParams
+
+CHUNK_TOKENS = 2048  # of a prompt in one pass: the workers' default
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A loaded model and what its floors follow from."""
+
+    loaded: LoadedModel
+    config: DeepseekV4Config | None  # None: another model, whose floors are not known
+    tensors: Mapping[str, TensorDescription]  # as stored
+    device: torch.device
+    load_s: float
+
+    def describe(self) -> dict[str, Any]:
+        layers = {layer for c in self.loaded.layout.components for layer in c.layers}
+        return {
+            "name": self.loaded.name,
+            "layers": len(layers),
+            "stored_bytes": sum(tensor.num_bytes for tensor in self.tensors.values()),
+            "load_s": self.load_s,
+        }
+
+
+@contextmanager
+def open_subject(options: ModelOptions, num_layers: int | None) -> Iterator[Subject]:
+    """Load the model, cut to its first `num_layers` layers where that is given.
+
+    Raises:
+        ConfigError: the cut is none, or of a checkpoint that is read whole.
+        CheckpointError: the folder is not what it should be.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if num_layers is not None:
+            if options.load_format != "dummy":
+                raise ConfigError("--layers needs --load-format dummy: a checkpoint is read whole")
+            options = _cut(options, num_layers, Path(scratch))
+        device = open_device(options)
+        started_at = time.monotonic()
+        loaded = load_model(options, device)
+        load_s = time.monotonic() - started_at
+        tensors = open_source(options.model, options.load_format, options.seed).tensors
+        is_known = read_json(options.model / "config.json").get("architectures") == [ARCHITECTURE]
+        config = read_config(options.model) if is_known else None
+        yield Subject(loaded, config, tensors, device, load_s)
+
+
+def cut_layers(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """A config.json of the first layers, without draft layers.
+
+    Raises:
+        ConfigError: the model has fewer layers.
+    """
+    whole = config["num_hidden_layers"]
+    if not 0 < num_layers <= whole:
+        raise ConfigError(f"--layers is {num_layers}; the model has {whole}")
+    return {
+        **config,
+        "num_hidden_layers": num_layers,
+        "num_nextn_predict_layers": 0,
+        "compress_ratios": config["compress_ratios"][:num_layers],
+        "num_hash_layers": min(config["num_hash_layers"], num_layers),
+    }
+
+
+class Sequences:
+    """Sequences of random tokens on a storage of their own, computed as the engines do."""
+
+    def __init__(self, subject: Subject, count: int, max_tokens: int, seed: int = 0) -> None:
+        """Room for `count` sequences of `max_tokens` tokens."""
+        layout = subject.loaded.layout
+        self._blocks_each = layout.num_blocks(max_tokens)
+        num_blocks = NUM_SCRATCH + count * self._blocks_each
+        storage = CacheStorage(layout, num_blocks, NUM_SCRATCH + count, subject.device)
+        self._runner = Runner(subject.loaded.model, storage)
+        self._vocab_size = subject.loaded.vocab_size
+        self._generator = torch.Generator().manual_seed(seed)
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        self._sampling = [SequenceSampling(params, 0, ()) for _ in range(count)]
+        self._lengths = [0] * count
+        self._next = [0] * count
+
+    def prefill(self, num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        """Start every sequence anew with a random prompt, one after another, and draw its next."""
+        for i in range(len(self._lengths)):
+            prompt = torch.randint(self._vocab_size, (num_tokens,), generator=self._generator)
+            token_ids: list[int] = prompt.tolist()
+            self._lengths[i] = 0
+            self._runner.storage.reset_slot(NUM_SCRATCH + i)
+            for start in range(0, num_tokens, chunk_tokens):
+                self._feed([(i, token_ids[start : start + chunk_tokens])])
+
+    def step(self) -> None:
+        """Feed every sequence its next token and draw another; returns when it is known."""
+        self._feed([(i, [token_id]) for i, token_id in enumerate(self._next)])
+
+    def _feed(self, parts: Sequence[tuple[int, list[int]]]) -> None:
+        chunks = [
+            SequenceChunk(
+                token_ids=token_ids,
+                start=self._lengths[i],
+                block_ids=self._block_ids(i),
+                slot=NUM_SCRATCH + i,
+            )
+            for i, token_ids in parts
+        ]
+        logits = self._runner.forward(chunks)
+        drawn = sample(logits, [self._sampling[i] for i, _ in parts])
+        for (i, token_ids), (token_id, _) in zip(parts, drawn, strict=True):
+            self._lengths[i] += len(token_ids)
+            self._sampling[i].append(token_id)
+            self._next[i] = token_id
+
+    def _block_ids(self, i: int) -> range:
+        first = NUM_SCRATCH + i * self._blocks_each
+        return range(first, first + self._blocks_each)
+
+
+def timed(action: Callable[[], None], repeats: int) -> list[float]:
+    """Seconds of each call; the action itself waits for the device."""
+    seconds = []
+    for _ in range(repeats):
+        started_at = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - started_at)
+    return seconds
+
+
+def _cut(options: ModelOptions, num_layers: int, scratch: Path) -> ModelOptions:
+    folder = scratch / options.names[0]
+    folder.mkdir()
+    config = cut_layers(read_json(options.model / "config.json"), num_layers)
+    (folder / "config.json").write_text(json.dumps(config))
+    return ModelOptions(
+        folder,
+        device=options.device,
+        dtype=options.dtype,
+        numerics=options.numerics,
+        load_format=options.load_format,
+        seed=options.seed,
+        threads=options.threads,
+    )

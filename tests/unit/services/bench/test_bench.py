@@ -1,0 +1,138 @@
+"""The engine benchmarks: what they count as the floor, and that the commands run and report."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from scission.common.checkpoint.deepseek_v4 import tensor_table
+from scission.common.checkpoint.write_deepseek_v4 import write_random_deepseek_v4
+from scission.common.errors import ConfigError
+from scission.common.layers.numerics import Numerics
+from scission.common.model.config import parse_config
+from scission.common.model.deepseek_v4 import cache_layout
+from scission.services.bench.decode import command as bench_decode
+from scission.services.bench.floor import (
+    DeviceRates,
+    Operations,
+    decode_bytes,
+    prefill_operations,
+)
+from scission.services.bench.prefill import command as bench_prefill
+from scission.services.bench.subject import cut_layers
+from tests.reference_checkpoint import published_config, tiny_config
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    write_random_deepseek_v4(folder, tiny_config(), seed=11, shards=1)
+    return folder
+
+
+def bytes_of(raw: dict[str, object], batch: int, context: int) -> float:
+    config = parse_config(raw)
+    layout = cache_layout(config, Numerics(torch.bfloat16, rounds=True))
+    return decode_bytes(tensor_table(raw), layout, config, batch, context)
+
+
+def test_a_step_of_one_token_reads_the_experts_it_picks_and_no_draft_layer() -> None:
+    raw = tiny_config()
+    tensors = tensor_table(raw)
+    rest = sum(
+        t.num_bytes
+        for name, t in tensors.items()
+        if not name.startswith("mtp.")
+        and ".ffn.experts." not in name
+        and name != "embed.weight"
+        and not name.endswith(".tid2eid")
+    )
+    experts = sum(
+        t.num_bytes
+        for name, t in tensors.items()
+        if ".ffn.experts." in name and not name.startswith("mtp.")
+    )
+    row = tensors["embed.weight"].num_bytes / 320
+    hashed = 2 * 3 * 8  # layers, experts a token, bytes of an id
+    expected = rest + experts * 3 / 8 + row + hashed
+    assert math.isclose(bytes_of(raw, 1, 0), expected)
+
+
+def test_a_large_batch_reads_every_expert_once() -> None:
+    raw = published_config("flash")
+    stored = sum(t.num_bytes for n, t in tensor_table(raw).items() if not n.startswith("mtp."))
+    assert 0.9 * stored < bytes_of(raw, 4096, 0) < 1.01 * stored
+
+
+def test_the_longer_the_context_the_more_state_is_read() -> None:
+    raw = published_config("flash")
+    assert bytes_of(raw, 1, 1024) < bytes_of(raw, 1, 8192) < bytes_of(raw, 2, 8192)
+
+
+def test_operations_are_twice_the_parameters_that_a_token_meets() -> None:
+    raw = published_config("flash")
+    config = parse_config(raw)
+    operations = prefill_operations(tensor_table(raw), config, 1024)
+    # 13e9 active parameters, by the publisher
+    per_token = (operations.quantised + operations.other) / 1024
+    assert 0.8 * 2 * 13e9 < per_token < 1.3 * 2 * 13e9
+
+
+def test_operations_take_the_time_of_their_own_rate() -> None:
+    rates = DeviceRates(copy_bytes_per_s=1.0, bf16_flops_per_s=10.0, fp8_flops_per_s=20.0)
+    assert Operations(quantised=40.0, other=10.0).seconds(rates) == 3.0
+
+
+def test_a_cut_model_keeps_its_first_layers() -> None:
+    cut = cut_layers(published_config("flash"), 5)
+    config = parse_config(cut)
+    assert config.num_hidden_layers == 5
+    assert config.layer_ratios == (0, 0, 4, 128, 4)
+    assert config.num_nextn_predict_layers == 0
+    with pytest.raises(ConfigError, match="the model has 43"):
+        cut_layers(published_config("flash"), 44)
+
+
+def test_decode_reports_times_and_no_floor_on_a_cpu(checkpoint: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    arguments = [str(checkpoint), "--device=cpu", "--batch=1,3", "--context=20", "--steps=4"]
+    result = CliRunner().invoke(bench_decode, [*arguments, f"--json={report}"])
+    assert result.exit_code == 0, result.output
+    written = json.loads(report.read_text())
+    assert [row["batch"] for row in written["results"]] == [1, 3]
+    for row in written["results"]:
+        assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+        assert math.isclose(row["tokens_per_s"], 1000 * row["batch"] / row["median_ms"])
+        assert "floor_ms" not in row
+    assert written["rates"] is None and written["model"]["layers"] == 6
+
+
+def test_prefill_cuts_the_layers_of_dummy_weights(checkpoint: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    arguments = [str(checkpoint), "--device=cpu", "--load-format=dummy", "--layers=3"]
+    arguments += ["--prompt-tokens=40,150", "--chunk-tokens=64", "--repeats=2"]
+    result = CliRunner().invoke(bench_prefill, [*arguments, f"--json={report}"])
+    assert result.exit_code == 0, result.output
+    written = json.loads(report.read_text())
+    assert written["model"]["layers"] == 3
+    assert [row["prompt_tokens"] for row in written["results"]] == [40, 150]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers=3"], "--layers needs --load-format dummy"),
+        (["--layers=9", "--load-format=dummy"], "the model has 6"),
+        (["--batch=1,x"], "positive integers such as 1,8,32"),
+        (["--batch=0"], "positive integers such as 1,8,32"),
+    ],
+)
+def test_wrong_flags_end_with_a_sentence(
+    checkpoint: Path, arguments: list[str], message: str
+) -> None:
+    result = CliRunner().invoke(bench_decode, [str(checkpoint), "--device=cpu", *arguments])
+    assert result.exit_code != 0
+    assert message in result.output
