@@ -19,9 +19,12 @@ Option = tuple[str, int | str]
 _SHARED_OPTIONS: tuple[Option, ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # A ping each 5 s that must be answered within 3 s finds a peer whose kernel still answers.
-    ("grpc.keepalive_time_ms", 5000),
+    # After 3 s without a byte from the peer a ping, and 3 s for its answer: so a stopped process is
+    # found although its kernel still answers. The ping's own time limit is what counts, whatever
+    # the keepalive's; by default it is a minute.
+    ("grpc.keepalive_time_ms", 3000),
     ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.http2.ping_timeout_ms", 3000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )

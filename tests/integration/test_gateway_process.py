@@ -199,6 +199,24 @@ async def test_streams_that_do_not_finish_end_with_an_error_event(model: Path) -
         assert code == 0 and "aborting" in log
 
 
+async def test_a_stopped_gateway_is_found_and_its_requests_are_freed(model: Path) -> None:
+    async with stack(model) as (gateway, prefill, decode):
+        decode.limit = 3
+        request = asyncio.create_task(gateway.complete(max_tokens=100))
+        await decode.until(lambda: decode.tokens_sent == 2)
+        gateway.process.send_signal(signal.SIGSTOP)
+        await decode.until(lambda: bool(decode.gone), 10)
+        await prefill.until(lambda: bool(prefill.gone), 10)
+        assert decode.num_running == 0
+        request.cancel()
+        gateway.process.send_signal(signal.SIGCONT)
+        decode.release()
+        await gateway.until_status("/ready", 200)
+        async with asyncio.timeout(30):
+            while (await gateway.complete()).status_code != 200:
+                await asyncio.sleep(0.05)
+
+
 async def test_a_taken_port_ends_the_process_with_a_sentence(model: Path) -> None:
     first = Gateway(model)
     await first.start()
