@@ -224,6 +224,10 @@ def test_of_equal_scores_the_lowest_entry_is_picked_and_invisible_ones_last() ->
     rows = torch.tensor([[10, 11, 12, 13, 14, 15]])
     picked = pick_rows(scores, rows, torch.zeros(2, dtype=torch.int64), 4)
     assert picked.tolist() == [[11, 14, 10, 12], [15, 10, 11, 12]]
+    # enough that an unstable sort or top-k would leave their order
+    many = torch.zeros(1, 5000)
+    picked = pick_rows(many, torch.arange(5000).unsqueeze(0), torch.zeros(1, dtype=torch.int64), 9)
+    assert picked.tolist() == [list(range(9))]
 
 
 # --- experts ------------------------------------------------------------------------------------

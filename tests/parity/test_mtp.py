@@ -157,7 +157,8 @@ class _Mtp:
         return x * self._inverse_rms(x) * self.w[f"{name}.weight"]
 
     def _inverse_rms(self, x: Tensor) -> Tensor:
-        return (x.square().mean(-1, keepdim=True) + self.c["rms_norm_eps"]).rsqrt()
+        eps: float = self.c["rms_norm_eps"]
+        return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
 def _turn(x: Tensor, position: int, rope_dim: int) -> Tensor:
