@@ -3,7 +3,7 @@
 Block 0 and slot 0 are scratch: padding writes there, nothing reads them, no pool hands them out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,10 @@ from scission.common.cache.layout import CacheLayout, Component, Kind
 SCRATCH = 0
 
 Bytes = NDArray[np.uint8]
+Feed = Callable[[memoryview], object]
+# (offset in the row range, count, where): `where` is the first of consecutive rows, or whole blocks
+Segment = tuple[int, int, int | NDArray[np.int64]]
+PART_BYTES = 1 << 19  # copied, then hashed while still in the core's own cache
 
 
 class Mark(Protocol):
@@ -147,11 +151,12 @@ class CacheStorage:
         mark.record(torch.cuda.current_stream(self.device))
         return mark
 
-    def read_rows(self, place: RowPlace, out: Bytes) -> None:
+    def read_rows(self, place: RowPlace, out: Bytes, feed: Feed | None = None) -> None:
         """Copy the rows into host memory, canonical order (layer, then row).
 
         Args:
             out: [num_layers * num_rows * row_bytes] uint8, contiguous.
+            feed: is given all of `out`, part by part in order, while it is warm in the caches.
         """
         component = self.layout.components[place.component]
         if self.device.type != "cpu":
@@ -161,69 +166,131 @@ class CacheStorage:
                 picked = torch.index_select(source, 1, index.to(self.device))
                 # to pageable memory: the copy is complete when this returns
                 torch.from_numpy(out).copy_(picked.view(-1))
+            if feed is not None:
+                feed(out.data)
             return
         base = self._row_bytes(component)[place.layers[0] : place.layers[1]]
         shaped = out.reshape(base.shape[0], place.rows[1] - place.rows[0], base.shape[2])
-        for at, count, where in self._segments(component, place):
-            part = shaped[:, at : at + count]
-            if isinstance(where, int):
-                np.copyto(part, base[:, where : where + count])
-                continue
-            blocks, part = self._as_blocks(component, base, part)
-            if part.flags.c_contiguous:
-                np.take(blocks, where, axis=1, out=part, mode="clip")
-            else:
-                for layer in range(len(blocks)):
-                    np.take(blocks[layer], where, axis=0, out=part[layer], mode="clip")
+        for layers, rows, segments in self._parts(component, place):
+            for at, count, where in segments:
+                part = shaped[layers, at : at + count]
+                if isinstance(where, int):
+                    np.copyto(part, base[layers, where : where + count])
+                    continue
+                blocks, part = self._as_blocks(component, base[layers], part)
+                if part.flags.c_contiguous:
+                    np.take(blocks, where, axis=1, out=part, mode="clip")
+                else:
+                    for layer in range(len(blocks)):
+                        np.take(blocks[layer], where, axis=0, out=part[layer], mode="clip")
+            if feed is not None:
+                feed(shaped[layers, rows].data)
 
-    def write_rows(self, place: RowPlace, data: Bytes) -> None:
-        """The inverse of `read_rows`: `data` is [num_bytes] uint8, contiguous."""
+    def write_rows(
+        self,
+        place: RowPlace,
+        data: Bytes,
+        feed: Feed | None = None,
+        private: Bytes | None = None,
+    ) -> None:
+        """The inverse of `read_rows`.
+
+        Args:
+            data: [num_layers * num_rows * row_bytes] uint8, contiguous.
+            feed: is given what was written, part by part in order.
+            private: for data that others can still change: a buffer as long as it. Then what is fed
+                is read from the rows or from this buffer, never from the data.
+        """
         component = self.layout.components[place.component]
         if self.device.type != "cpu":
+            if private is not None:
+                np.copyto(private, data)
+                data = private
+            if feed is not None:
+                feed(data.data)
             index = self.row_index(component, place.rows, place.block_ids, place.slot)
             target = self.rows(component)[place.layers[0] : place.layers[1]].view(torch.uint8)
-            # the copy to the device is complete before this returns: pageable memory is staged by
-            # the driver
-            rows = torch.from_numpy(data).to(self.device)
+            # pageable memory: the copy to the device is complete when this returns
+            moved = torch.from_numpy(data).to(self.device)
             target.index_copy_(
-                1, index.to(self.device), rows.view(target.shape[0], -1, target.shape[2])
+                1, index.to(self.device), moved.view(target.shape[0], -1, target.shape[2])
             )
             return
         base = self._row_bytes(component)[place.layers[0] : place.layers[1]]
-        shaped = data.reshape(base.shape[0], place.rows[1] - place.rows[0], base.shape[2])
-        for at, count, where in self._segments(component, place):
-            part = shaped[:, at : at + count]
-            if isinstance(where, int):
-                np.copyto(base[:, where : where + count], part)
-                continue
-            blocks, part = self._as_blocks(component, base, part)
-            # one opaque item a block: numpy moves items, not bytes, through an index
-            item = np.dtype((np.void, blocks.shape[2]))
-            for layer in range(len(blocks)):
-                blocks[layer].view(item)[where, 0] = part[layer].view(item)[:, 0]
+        shape = (base.shape[0], place.rows[1] - place.rows[0], base.shape[2])
+        shaped = data.reshape(shape)
+        copy = None if private is None else private.reshape(shape)
+        for layers, rows, segments in self._parts(component, place):
+            part = fed = shaped[layers, rows]
+            if copy is not None:
+                in_place = self._in_place(base, layers, segments)
+                if in_place is not None:
+                    fed = in_place
+                else:
+                    part = fed = copy[layers, rows]
+                    np.copyto(part, shaped[layers, rows])
+            for at, count, where in segments:
+                self._write_segment(
+                    component, base[layers], part[:, at - rows.start :][:, :count], where
+                )
+            if feed is not None:
+                feed(fed.data)
 
-    def spans(self, place: RowPlace, min_bytes: int) -> list[Bytes] | None:
-        """The rows' own memory as contiguous spans in canonical order; None off the CPU, or where
-        spans would be shorter than `min_bytes` on average.
-        """
-        if self.device.type != "cpu":
-            return None
-        component = self.layout.components[place.component]
-        runs: list[tuple[int, int]] = []
-        per_block = self.layout.rows_per_block(component)
-        for _, count, where in self._segments(component, place):
+    def _in_place(self, base: Bytes, layers: slice, segments: list[Segment]) -> Bytes | None:
+        """The rows themselves, where they lie without a gap."""
+        if len(segments) == 1 and layers.stop - layers.start == 1:
+            _, count, where = segments[0]
             if isinstance(where, int):
-                runs.append((where, count))
+                rows: Bytes = base[layers, where : where + count]
+                return rows
+        return None
+
+    def _write_segment(
+        self, component: Component, base: Bytes, part: Bytes, where: int | NDArray[np.int64]
+    ) -> None:
+        """Write [layers, rows, row_bytes] to consecutive rows, or to whole blocks."""
+        if isinstance(where, int):
+            np.copyto(base[:, where : where + part.shape[1]], part)
+            return
+        blocks, part = self._as_blocks(component, base, part)
+        # one opaque item a block: numpy moves items, not bytes, through an index
+        item = np.dtype((np.void, blocks.shape[2]))
+        for layer in range(len(blocks)):
+            blocks[layer].view(item)[where, 0] = part[layer].view(item)[:, 0]
+
+    def _parts(
+        self, component: Component, place: RowPlace
+    ) -> Iterator[tuple[slice, slice, list[Segment]]]:
+        """The rows in canonical order as (layers, offsets in the row range, segments), each part as
+        large as a core's own cache likes and contiguous in the canonical data.
+        """
+        segments = self._segments(component, place)
+        num_layers = place.layers[1] - place.layers[0]
+        num_rows = place.rows[1] - place.rows[0]
+        layer_bytes = num_rows * component.row_bytes
+        if layer_bytes <= PART_BYTES:
+            step = PART_BYTES // layer_bytes
+            for layer in range(0, num_layers, step):
+                yield slice(layer, min(layer + step, num_layers)), slice(0, num_rows), segments
+            return
+        small = list(self._split(component, segments))
+        for layer in range(num_layers):
+            for segment in small:
+                at, count, _ = segment
+                yield slice(layer, layer + 1), slice(at, at + count), [segment]
+
+    def _split(self, component: Component, segments: list[Segment]) -> Iterator[Segment]:
+        max_rows = max(1, PART_BYTES // component.row_bytes)
+        per_block = self.layout.rows_per_block(component)
+        for at, count, where in segments:
+            if isinstance(where, int):
+                for first in range(0, count, max_rows):
+                    yield at + first, min(max_rows, count - first), where + first
             else:
-                runs += [(block * per_block, per_block) for block in where.tolist()]
-        if (place.rows[1] - place.rows[0]) * component.row_bytes < min_bytes * len(runs):
-            return None
-        base = self._row_bytes(component)
-        return [
-            base[layer, first : first + count].reshape(-1)
-            for layer in range(*place.layers)
-            for first, count in runs
-        ]
+                step = max(1, max_rows // per_block)
+                for i in range(0, len(where), step):
+                    ids = where[i : i + step]
+                    yield at + i * per_block, len(ids) * per_block, ids
 
     def _row_bytes(self, component: Component) -> Bytes:
         """`rows(component)` of a CPU storage as bytes: [layers, rows, row_bytes], the same
@@ -241,12 +308,7 @@ class CacheStorage:
         layers = base.shape[0]
         return base.reshape(layers, -1, size), part.reshape(layers, -1, size)
 
-    def _segments(
-        self, component: Component, place: RowPlace
-    ) -> list[tuple[int, int, int | NDArray[np.int64]]]:
-        """The rows as (offset in the range, count, where): `where` is the first of consecutive
-        rows, or the ids of whole blocks.
-        """
+    def _segments(self, component: Component, place: RowPlace) -> list[Segment]:
         first, last = place.rows
         if component.kind is Kind.TAIL:
             return [(0, last - first, place.slot + first)]
@@ -254,7 +316,7 @@ class CacheStorage:
             size, base = component.ring_size, place.slot * component.ring_size
             at = first % size
             before_wrap = min(last - first, size - at)
-            runs: list[tuple[int, int, int | NDArray[np.int64]]] = [(0, before_wrap, base + at)]
+            runs: list[Segment] = [(0, before_wrap, base + at)]
             if before_wrap < last - first:
                 runs.append((before_wrap, last - first - before_wrap, base))
             return runs
@@ -262,7 +324,7 @@ class CacheStorage:
         table = np.asarray(place.block_ids[first // per_block : -(-last // per_block)], np.int64)
         if len(table) == 1 or bool((table[1:] - table[:-1] == 1).all()):
             return [(0, last - first, int(table[0]) * per_block + first % per_block)]
-        segments: list[tuple[int, int, int | NDArray[np.int64]]] = []
+        segments: list[Segment] = []
         head = -first % per_block
         tail = last % per_block
         if head:

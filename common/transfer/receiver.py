@@ -55,7 +55,6 @@ from scission.common.transfer.wire import (
     VERSION,
     Header,
     Kind,
-    hash_message,
     pack_control,
     start_hash,
     unpack_control,
@@ -70,8 +69,6 @@ MAX_SESSIONS = 1024
 MAX_ENDED = 1024  # transfers a session remembers after their end
 MAX_OUTBOX = 1000  # control messages that wait for room in the socket
 MESSAGES_PER_ROUND = 64  # from one socket, between two looks at the others
-# shorter runs of rows are hashed in a private copy, longer ones where they lie
-MIN_SPAN_BYTES = 1 << 15
 # `inject` gives credit back this often: each time wakes the I/O thread and costs a message
 REPORT_BYTES = 4 << 20
 
@@ -359,33 +356,26 @@ class Receiver:
         self._loop.stop()
 
     def _inject(self, chunk: _Chunk, grant: _Grant) -> bool:
-        """Write the chunk's rows; True when what was written has the hash it should."""
+        """Write the chunk's rows; True when what was written has the hash it should.
+
+        Damaged rows may be written too: nothing reads a request's rows before all are sound, and no
+        other chunk can claim them meanwhile.
+        """
         rows, header = chunk.rows, chunk.header
         place = RowPlace(rows.component, rows.layers, rows.rows, grant.block_ids, grant.slot)
-        if chunk.frame is not None:
-            # the frame is ours alone: what is hashed is what is written
-            data = np.frombuffer(chunk.frame.buffer, np.uint8)
-            if hash_message(chunk.packed, data.data) != header.hash:
-                return False
-            self._storage.write_rows(place, data)
-            return True
-        assert self._arena is not None
-        shared = self._arena.slot(header.slot, rows.num_bytes)
-        # the sender can still write to the slot: hash only what it cannot reach
-        spans = self._storage.spans(place, MIN_SPAN_BYTES)
-        if spans is None:
-            private = self._private[: rows.num_bytes]
-            np.copyto(private, shared)
-            if hash_message(chunk.packed, private.data) != header.hash:
-                return False
-            self._storage.write_rows(place, private)
-            return True
-        at = 0
         hasher = start_hash(chunk.packed)
-        for span in spans:
-            np.copyto(span, shared[at : at + len(span)])
-            hasher.update(span.data)
-            at += len(span)
+        if chunk.frame is not None:
+            data = np.frombuffer(chunk.frame.buffer, np.uint8)
+            self._storage.write_rows(place, data, hasher.update)
+        else:
+            assert self._arena is not None
+            # the sender can still write to the slot: what is hashed must be out of its reach
+            self._storage.write_rows(
+                place,
+                self._arena.slot(header.slot, rows.num_bytes),
+                hasher.update,
+                self._private[: rows.num_bytes],
+            )
         return hasher.intdigest() == header.hash
 
     # I/O thread: commands

@@ -43,7 +43,7 @@ from scission.common.transfer.plan import (
     piece_chunks,
 )
 from scission.common.transfer.sockets import Context
-from scission.common.transfer.wire import VERSION, Header, Kind, seal
+from scission.common.transfer.wire import VERSION, Header, Kind, seal, start_hash
 from scission.protos import transfer_pb2
 
 logger = logging.getLogger(__name__)
@@ -525,21 +525,23 @@ class Sender:
             slot,
             chunk.num_bytes,
         )
+        buffer = None
         if connection.arena is not None:
             rows = connection.arena.slot(slot, chunk.num_bytes)
-            self._storage.read_rows(place, rows)
-            packed, digest = seal(header, rows.data)
-            connection.send_chunk(packed, None)
         else:
             buffer = self._staging.take()
             if buffer is None:
                 return False
             rows = buffer[: chunk.num_bytes]
-            self._storage.read_rows(place, rows)
-            packed, digest = seal(header, rows.data)
+        packed = header.pack()
+        hasher = start_hash(packed)
+        self._storage.read_rows(place, rows, hasher.update)
+        digest = hasher.intdigest()
+        frame = None
+        if buffer is not None:
             frame = zmq.Frame(rows, track=True, copy=False)
             self._staging.lend(buffer, frame.tracker)
-            connection.send_chunk(packed, frame)
+        connection.send_chunk(seal(packed, digest), frame)
         self._record(transfer, sequence, chunk, slot, digest)
         return True
 

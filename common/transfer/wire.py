@@ -172,11 +172,9 @@ def hash_message(packed: Frame, body: Frame) -> int:
     return hasher.intdigest()
 
 
-def seal(header: Header, body: Frame) -> tuple[bytes, int]:
-    """The header packed, with its hash filled in; and that hash."""
-    packed = header.pack()
-    digest = hash_message(packed, body)
-    return packed[:HASH_AT] + _HASH.pack(digest), digest
+def seal(packed: bytes, digest: int) -> bytes:
+    """A packed header with its hash filled in."""
+    return packed[:HASH_AT] + _HASH.pack(digest)
 
 
 def pack_control(
@@ -187,7 +185,8 @@ def pack_control(
     assert (type(body) if body is not None else None) is expected, (kind, body)
     payload = body.SerializeToString() if body is not None else b""
     header = Header(kind, transfer_id, epoch, length=len(payload))
-    return [seal(header, payload)[0], payload]
+    packed = header.pack()
+    return [seal(packed, hash_message(packed, payload)), payload]
 
 
 def unpack_control(frames: Sequence[Frame]) -> tuple[Header, Message | None]:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scission.common.cache import storage as storage_module
 from scission.common.cache.layout import CacheLayout, Component, Kind
 from scission.common.cache.storage import CacheStorage, RowPlace
 
@@ -80,20 +81,40 @@ def test_write_rows_changes_those_rows_and_no_other(place: RowPlace) -> None:
             assert torch.equal(tensor.view(torch.uint8), want), key
 
 
-@given(place=places())
-def test_spans_laid_end_to_end_are_the_rows(place: RowPlace) -> None:
-    storage = make_storage()
-    spans = storage.spans(place, min_bytes=1)
-    assert spans is not None
-    got = torch.from_numpy(np.concatenate(spans))
-    assert torch.equal(got, expected_rows(storage, place))
+@given(place=places(), part_bytes=st.sampled_from([1, 60, 200, 1 << 19]))
+def test_what_is_fed_is_what_was_copied_in_order(place: RowPlace, part_bytes: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage_module, "PART_BYTES", part_bytes)
+        storage, target = make_storage(), make_storage()
+        expected = expected_rows(storage, place).numpy()
+        out = np.zeros(len(expected), np.uint8)
+        fed: list[bytes] = []
+        storage.read_rows(place, out, lambda part: fed.append(bytes(part)))
+        assert b"".join(fed) == out.tobytes() == expected.tobytes()
+        for private in (None, np.zeros_like(out)):
+            fed.clear()
+            target.write_rows(place, 255 - out, lambda part: fed.append(bytes(part)), private)
+            assert b"".join(fed) == (255 - out).tobytes()
+            assert torch.equal(expected_rows(target, place), torch.from_numpy(255 - out))
 
 
-def test_scattered_rows_have_no_long_spans() -> None:
-    storage = make_storage()
-    place = RowPlace(0, (0, 1), (0, 16), [9, 2, 7, 4], 1)
-    assert storage.spans(place, min_bytes=4 * 30) is not None
-    assert storage.spans(place, min_bytes=4 * 30 + 1) is None
+@given(place=places(), part_bytes=st.sampled_from([1, 60, 200, 1 << 19]))
+def test_data_that_changes_meanwhile_is_fed_as_it_was_written(
+    place: RowPlace, part_bytes: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage_module, "PART_BYTES", part_bytes)
+        target = make_storage()
+        data = expected_rows(make_storage(), place).numpy().copy()
+        fed: list[bytes] = []
+
+        def feed(part: memoryview) -> None:
+            # a writer that strikes between the copy and the hash
+            data[:] += 1
+            fed.append(bytes(part))
+
+        target.write_rows(place, data, feed, np.zeros_like(data))
+        assert b"".join(fed) == expected_rows(target, place).numpy().tobytes()
 
 
 @pytest.mark.gpu

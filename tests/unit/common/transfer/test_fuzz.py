@@ -346,7 +346,9 @@ def test_mutated_chunks_touch_no_row_but_the_granted(tmp_path: Path) -> None:
                     length = size = min(max(length, 0), 2 * SLOT_BYTES)
                 header = replace(header, epoch=hostile.epoch, length=length)
                 payload = random.Random(size).randbytes(size)
-                packed = seal(header, payload)[0] if is_hashed else header.pack()
+                packed = header.pack()
+                if is_hashed:
+                    packed = seal(packed, hash_message(packed, payload))
                 hostile.bulk.send_multipart([packed, payload])
             hostile.barrier()
             pair.step()
@@ -373,7 +375,6 @@ def test_sender_survives_any_receiver(tmp_path: Path) -> None:
     """Messages in any order from a decode that may be anything; every transfer ends."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     router = context.socket(zmq.ROUTER)
-    router.set(zmq.RCVTIMEO, 5000)
     port = router.bind_to_random_port("tcp://127.0.0.1")
     options = replace(OPTIONS, arena_dir=tmp_path, connect_timeout_s=0.05, decide_s=0.2)
     with make_pair("tcp", tmp_path) as pair:
@@ -388,7 +389,8 @@ def test_sender_survives_any_receiver(tmp_path: Path) -> None:
             handle = sender.reserve("r", 0, destination, 21, 1, deadline, StateSource([1, 2, 3], 1))
             sender.piece_ready(handle, (0, 4), (0, 21))
             sender.finish(handle, [], 0.0)
-            identity, *_ = router.recv_multipart()
+            # a busy machine may be too slow for this HELLO: then nobody answers, and it ends too
+            identity = router.recv_multipart()[0] if router.poll(200) else b"nobody"
             if is_welcomed:
                 welcome = transfer_pb2.Welcome(
                     slot_bytes=SLOT_BYTES, num_slots=8, bulk_addresses=["tcp://127.0.0.1:9"]
