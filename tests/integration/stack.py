@@ -84,8 +84,8 @@ class Stack:
     def url(self, path: str = "", gateway: int = 0) -> str:
         return f"http://{HOST}:{self._http_ports[gateway]}{path}"
 
-    def start(self, name: str) -> None:
-        """Start (or, after its death, start anew) the process of that name."""
+    def start(self, name: str, *flags: str) -> None:
+        """Start (or, after its death, start anew) the process of that name, with further flags."""
         role, index = name.split("-")
         command = [
             sys.executable,
@@ -102,6 +102,7 @@ class Stack:
         else:
             command.append(f"--grpc-port={self._grpc_ports[name]}")
             command += [f"--gateway={HOST}:{port}" for port in self._registry_ports]
+        command += flags
         with (self._log_dir / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 command,
