@@ -82,7 +82,7 @@ def build_batch(chunks: Sequence[SequenceChunk], device: torch.device) -> Forwar
     max_blocks = max(len(chunk.block_ids) for chunk in chunks)
     tables = [[*chunk.block_ids, *[0] * (max_blocks - len(chunk.block_ids))] for chunk in chunks]
     positions = [p for chunk in chunks for p in range(chunk.start, chunk.end)]
-    sequences = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor(lengths))
+    sequences = [i for i, length in enumerate(lengths) for _ in range(length)]
 
     def ints(
         values: Sequence[int] | Sequence[Sequence[int]], dtype: torch.dtype = torch.int64
@@ -92,7 +92,7 @@ def build_batch(chunks: Sequence[SequenceChunk], device: torch.device) -> Forwar
     return ForwardBatch(
         token_ids=ints([token for chunk in chunks for token in chunk.token_ids]),
         positions=ints(positions),
-        sequences=sequences.to(device, non_blocking=True),
+        sequences=ints(sequences),
         cu_seqlens=ints(cu_seqlens, torch.int32),
         context_lens=ints([chunk.end for chunk in chunks], torch.int32),
         block_tables=ints(tables),
