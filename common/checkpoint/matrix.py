@@ -11,9 +11,10 @@ from scission.kernels.quant import (
     FP8_BLOCK,
     dequantize_block_fp8,
     dequantize_group_fp4,
+    dequantize_tensor_fp8,
 )
 
-MatrixKind = Literal["plain", "fp8_block", "fp4_group"]
+MatrixKind = Literal["plain", "fp8_block", "fp8_tensor", "fp4_group"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +43,18 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class StoredFormat:
-    """How a matrix [out, in] lies on disk; dtypes are safetensors' words."""
+    """How a matrix [out, in] lies on disk; dtypes are safetensors' words.
+
+    `scale_name` and `input_scale_name` are the last components of the tensors' names; an input
+    scale is the static one of activations, a scalar like the scale of a whole tensor.
+    """
 
     kind: MatrixKind
     dtype: str
     scale_dtype: str | None = None
+    scale_name: str = "scale"
+    input_scale_dtype: str | None = None
+    input_scale_name: str = ""
 
     def __str__(self) -> str:
         scales = f", scales {self.scale_dtype}" if self.scale_dtype else ""
@@ -55,11 +63,13 @@ class StoredFormat:
     def code_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         return out_features, in_features // 2 if self.kind == "fp4_group" else in_features
 
-    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int] | None:
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...] | None:
         """None: no scale belongs to the matrix. Sizes are rounded up: last blocks are partial."""
         match self.kind:
             case "plain":
                 return None
+            case "fp8_tensor":
+                return ()
             case "fp8_block":
                 return -(-out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK)
             case "fp4_group":
@@ -71,8 +81,10 @@ class StoredFormat:
             columns = slice(columns.start // 2, columns.stop // 2)
         return rows, columns
 
-    def scale_part(self, rows: slice, columns: slice) -> tuple[slice, slice]:
+    def scale_part(self, rows: slice, columns: slice) -> tuple[slice, ...]:
         """The scales of some of the values: every block that they touch."""
+        if self.kind == "fp8_tensor":
+            return ()
         if self.kind == "fp4_group":
             return rows, slice(columns.start // FP4_GROUP, columns.stop // FP4_GROUP)
         return _blocks(rows), _blocks(columns)
@@ -95,9 +107,10 @@ class Matrix:
     """A weight [.., out, in] in its stored format, with its scales; a leading dim counts experts.
 
     fp8_block: codes [.., out, in] float8_e4m3fn, one scale per 128 x 128 block of the WHOLE matrix;
-    `offset` is where codes[0, 0] lies in the first block held. fp4_group: codes [.., out, in / 2]
-    int8, scales [.., out, in / 32]. ue8m0 scales are their bytes (uint8). plain: codes are the
-    values.
+    `offset` is where codes[0, 0] lies in the first block held. fp8_tensor: codes likewise, one
+    scale [..] for all of them. fp4_group: codes [.., out, in / 2] int8, scales [.., out, in / 32].
+    ue8m0 scales are their bytes (uint8). plain: codes are the values. `input_scale` [] float32 is
+    the static scale of the inputs, where the checkpoint has one.
     """
 
     kind: MatrixKind
@@ -106,19 +119,23 @@ class Matrix:
     out_features: int
     in_features: int
     offset: tuple[int, int] = (0, 0)
+    input_scale: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
         return self.codes.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The values, [.., out, in] of `dtype` (exact in bfloat16 and float32)."""
+        """The values, [.., out, in] of `dtype` (exact in float32)."""
         match self.kind:
             case "plain":
                 return self.codes.to(dtype)
             case "fp8_block":
                 assert self.scales is not None
                 return dequantize_block_fp8(self.codes, self.scales, self.offset).to(dtype)
+            case "fp8_tensor":
+                assert self.scales is not None
+                return dequantize_tensor_fp8(self.codes, self.scales).to(dtype)
             case "fp4_group":
                 assert self.scales is not None
                 return dequantize_group_fp4(self.codes, self.scales).to(dtype)

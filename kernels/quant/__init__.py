@@ -25,6 +25,7 @@ __all__ = [
     "FP8_MAX",
     "dequantize_block_fp8",
     "dequantize_group_fp4",
+    "dequantize_tensor_fp8",
     "quantize_block_fp8",
     "quantize_group_fp4",
     "round_trip_fp4",
@@ -89,6 +90,25 @@ def dequantize_block_fp8(codes: Tensor, scales: Tensor, offset: tuple[int, int] 
     ]
     _check_scales(codes, scales, blocks)
     return reference.dequantize_block_fp8(codes, scales, offset)
+
+
+def dequantize_tensor_fp8(codes: Tensor, scale: Tensor) -> Tensor:
+    """Decode FP8 weights that share one scale a matrix.
+
+    Args:
+        codes: [.., out, in] float8_e4m3fn.
+        scale: [..], or one for all; float32 or bfloat16.
+
+    Returns:
+        [.., out, in] float32.
+    """
+    if codes.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"FP8 codes must be float8_e4m3fn, got {codes.dtype}")
+    if scale.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"the scale of a tensor must be float32 or bfloat16, got {scale.dtype}")
+    if scale.numel() != 1 and scale.shape != codes.shape[:-2]:
+        raise ValueError(f"codes {list(codes.shape)} do not fit scales {list(scale.shape)}")
+    return reference.dequantize_tensor_fp8(codes, scale)
 
 
 def quantize_block_fp8(w: Tensor) -> tuple[Tensor, Tensor]:

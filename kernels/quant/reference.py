@@ -57,6 +57,14 @@ def dequantize_block_fp8(codes: Tensor, scales: Tensor, offset: tuple[int, int])
     return scale.mul_(codes.to(torch.float32))
 
 
+def dequantize_tensor_fp8(codes: Tensor, scale: Tensor) -> Tensor:
+    """value = code * the scale of its matrix."""
+    scale = scale.to(torch.float32)
+    if scale.numel() > 1:
+        scale = scale.view(*scale.shape, 1, 1)
+    return codes.to(torch.float32) * scale
+
+
 def quantize_block_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
     num_rows, num_columns = w.shape[-2:]
     padded = F.pad(w.to(torch.float32), (0, -num_columns % FP8_BLOCK, 0, -num_rows % FP8_BLOCK))
