@@ -13,9 +13,8 @@ from scission.common.cache.layout import CacheLayout
 from scission.common.cache.storage import SCRATCH, CacheStorage
 from scission.common.config import CacheOptions
 from scission.common.errors import ConfigError
+from scission.common.model.architecture import Model, OnLayers
 from scission.common.model.batch import SequenceChunk, build_batch
-from scission.common.model.deepseek_v4 import OnLayers
-from scission.common.model.load import Model
 
 CPU_STATE_BYTES = 1 << 30
 NUM_SCRATCH = SCRATCH + 1

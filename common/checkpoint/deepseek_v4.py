@@ -5,16 +5,14 @@ The table is that of the published files; a loader does not consult it (the mode
 needs), the writer of random checkpoints, dummy weights and `inspect` do.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from scission.common.checkpoint.headers import DTYPE_BYTES
+from scission.common.checkpoint.table import TensorSpec
 from scission.common.errors import CheckpointError
 from scission.kernels.quant import FP4_GROUP, FP8_BLOCK
 
@@ -35,18 +33,6 @@ _KNOWN_MTP = "|".join(
 )
 # what a loader may leave: further draft stages and tensors of other draft models, never a known one
 IGNORED = (re.compile(rf"mtp\.0\.(?!({_KNOWN_MTP})$).+"), re.compile(r"mtp\.[1-9]\d*\..+"))
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One tensor of the table; `dtype` is safetensors' word."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def tensor_table(

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scission.common.checkpoint.deepseek_v4 import TensorSpec, random_values, tensor_table
+from scission.common.checkpoint.table import TensorSpec, is_scale
+from scission.common.model.registry import find_architecture
+from scission.kernels.quant import FP8_MAX
 
 # of the values that `read` draws: e4m3 codes below 2, any e2m1 code
 _FP8_RMS = 0.6
@@ -20,12 +22,13 @@ _FP4_RMS = 2.9
 
 
 class DummySource:
-    """Random DeepSeek-V4 weights; deterministic by seed, name and the part that is read."""
+    """Random weights of any architecture; deterministic by seed, name and the part that is read."""
 
     def __init__(self, config: Mapping[str, Any], seed: int = 0) -> None:
         self._config = config
         self._seed = seed
-        self._tensors = tensor_table(config)
+        self._architecture = find_architecture(config)
+        self._tensors = self._architecture.table(config, {})
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -46,14 +49,23 @@ class DummySource:
             case "F8_E8M0":
                 low = self._scale_code(name)
                 out.view(torch.uint8).random_(low, low + 2, generator=generator)
+            case _ if is_scale(name):
+                out.fill_(self._scale(name))
             case _:
-                values = random_values(name, tuple(out.shape), self._config, generator)
+                values = self._architecture.random_values(
+                    name, tuple(out.shape), self._config, generator
+                )
                 out.copy_(values)
 
     def revision(self) -> str:
         described = sorted((name, spec.dtype, spec.shape) for name, spec in self._tensors.items())
         text = f"dummy {self._seed} {described}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def _scale(self, name: str) -> float:
+        """With which a matrix keeps the size of its inputs; of inputs, one for values up to 4."""
+        weight = self._tensors.get(name.removesuffix(".weight_scale_inv") + ".weight")
+        return 4 / FP8_MAX if weight is None else 1 / (_FP8_RMS * math.sqrt(weight.shape[-1]))
 
     def _scale_code(self, name: str) -> int:
         """The ue8m0 code with which a matrix keeps the size of its inputs, or half of it."""

@@ -7,23 +7,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from scission.common.cache.layout import CacheLayout
-from scission.common.checkpoint.deepseek_v4 import (
-    IGNORED,
-    MODEL_TYPE,
-    MatrixFormat,
-    tensor_table,
-)
 from scission.common.checkpoint.headers import TensorHeader, read_headers, read_json
 from scission.common.checkpoint.source import natural_key
 from scission.common.errors import CheckpointError
 from scission.common.layers.numerics import Numerics
-from scission.common.model.config import parse_config
-from scission.common.model.deepseek_v4 import cache_layout
+from scission.common.model.architecture import BLOCK_SIZE, Architecture, Facts
+from scission.common.model.registry import find_architecture
 
 # memory of one device, as its maker states it; what a process can use of it is less
 _DEVICES = (
@@ -44,19 +38,21 @@ _GROUPS = tuple(
     (group, re.compile(pattern))
     for group, pattern in (
         ("embedding and head", r"(.*\.)?(embed|head|embed_tokens|lm_head)\.[a-z_]+"),
-        ("routed experts", r".*\.experts\..*"),
-        ("shared experts", r".*\.shared_experts?\..*"),
-        ("router", r".*\.gate\..*"),
+        ("routed experts", r".*\.(experts\..*|moe\.(gate|up|down)_proj\.weight)"),
+        ("shared experts", r".*\.(shared_experts?|share_expert)\..*"),
+        ("router", r".*\.(gate\..*|router_bias)"),
         ("indexer", r".*\.indexer\..*"),
         ("compressor", r".*\.compressor\..*"),
         ("hyper-connections", r"(.*\.)?hc_[a-z_]+"),
         ("norms", r"(.*[._])?[a-z]*norm\.weight"),
         ("attention", r".*\.(attn|self_attn)\..*"),
         ("projections", r".*\.[eh]_proj\..*"),
+        ("feed-forward", r".*\.mlp\..*"),
+        ("vision", r"(.*\.)?(vision_tower|multi_modal_projector)\..*"),
         ("other", r".*"),
     )
 )
-_SCALES = ("scale", "weight_scale_inv", "weight_scale")
+_SCALES = ("scale", "weight_scale_inv", "weight_scale", "activation_scale", "input_scale")
 _FORMATS = {"F8_E4M3": "FP8 e4m3", "F8_E5M2": "FP8 e5m2", "I8": "INT8"}
 
 
@@ -125,16 +121,16 @@ def inspect_headers(
     """`inspect_checkpoint` of what was read already; errors in a config of ours are `problems`."""
     formats = _format_rows(headers)
     model_type = str(config.get("model_type"))
-    layers: Mapping[str, int] = {}
+    facts: Facts | None = None
     layouts: Sequence[CacheLayout] = ()
-    problems: tuple[str, ...] = (f"model_type is {model_type}; served is {MODEL_TYPE}",)
-    if model_type == MODEL_TYPE:
-        try:
-            layers, layouts = _layer_kinds(config), _layouts(config)
-            problems = tuple(_differences(config, headers))
-        except CheckpointError as error:
-            problems = (str(error),)
-    max_model_len = _number(config, "max_position_embeddings")
+    try:
+        architecture = find_architecture(config)
+        parsed = architecture.parse(config)
+        facts, layouts = architecture.facts(parsed), _layouts(architecture, parsed)
+        problems = tuple(_differences(architecture, config, headers))
+    except CheckpointError as error:
+        problems = (str(error),)
+    max_model_len = facts.max_position_embeddings if facts is not None else None
     num_bytes = sum(header.num_bytes for header in headers.values())
     num_parameters = sum(row.num_parameters for row in formats)
     return Inspection(
@@ -145,8 +141,8 @@ def inspect_headers(
         num_parameters=num_parameters,
         num_bytes=num_bytes,
         formats=formats,
-        layers=layers,
-        vocab_size=_number(config, "vocab_size"),
+        layers=facts.layers if facts is not None else {},
+        vocab_size=facts.vocab_size if facts is not None else None,
         max_model_len=max_model_len,
         states=tuple(_state_needs(layout, max_model_len or 0) for layout in layouts),
         fits=tuple(_fits(num_bytes, num_parameters, layouts, max_model_len or 0)),
@@ -206,25 +202,12 @@ def _scale_names(name: str) -> tuple[str, ...]:
     return tuple(f"{stem}.{suffix}" for suffix in _SCALES) if stem != name else ()
 
 
-def _layer_kinds(config: Mapping[str, Any]) -> dict[str, int]:
-    parsed = parse_config(config)
-    kinds = {
-        0: "sliding window only",
-        4: "CSA (one entry per 4 tokens, indexed)",
-        128: "HCA (one entry per 128 tokens)",
-    }
-    counts = {kinds[ratio]: parsed.layer_ratios.count(ratio) for ratio in kinds}
-    counts["routed by token id"] = parsed.num_hash_layers
-    counts["routed by score"] = parsed.num_hidden_layers - parsed.num_hash_layers
-    counts["MTP"] = parsed.num_nextn_predict_layers
-    return {kind: count for kind, count in counts.items() if count}
-
-
-def _layouts(config: Mapping[str, Any]) -> tuple[CacheLayout, ...]:
+def _layouts(architecture: Architecture[Any], config: Any) -> tuple[CacheLayout, ...]:
     """With bf16 activations (GPUs) and with fp32 (the CPU)."""
-    parsed = parse_config(config)
-    dtypes = (torch.bfloat16, torch.float32)
-    return tuple(cache_layout(parsed, Numerics(dtype, rounds=True)) for dtype in dtypes)
+    return tuple(
+        architecture.layout(config, Numerics(dtype, rounds=True), BLOCK_SIZE)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
 
 
 def _state_needs(layout: CacheLayout, max_model_len: int) -> StateNeeds:
@@ -237,20 +220,18 @@ def _state_needs(layout: CacheLayout, max_model_len: int) -> StateNeeds:
     )
 
 
-def _differences(config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> Iterator[str]:
+def _differences(
+    architecture: Architecture[Any], config: Mapping[str, Any], headers: Mapping[str, TensorHeader]
+) -> Iterator[str]:
     """How a checkpoint differs from the published table, in the formats it has itself."""
-    table = tensor_table(
-        config,
-        experts=_format_of(headers, "layers.0.ffn.experts.0.w1.weight", "fp4"),
-        wo_a=_format_of(headers, "layers.0.attn.wo_a.weight", "fp8"),
-    )
+    table = architecture.table(config, headers)
     missing = sorted(table.keys() - headers.keys(), key=natural_key)
     if missing:
         yield f"{len(missing)} tensors are missing: {_listed(missing)}"
     unknown = [
         name
         for name in sorted(headers.keys() - table.keys(), key=natural_key)
-        if not any(rule.fullmatch(name) for rule in IGNORED)
+        if not any(rule.fullmatch(name) for rule in architecture.ignored)
     ]
     if unknown:
         yield f"{len(unknown)} tensors are unknown: {_listed(unknown)}"
@@ -263,14 +244,6 @@ def _differences(config: Mapping[str, Any], headers: Mapping[str, TensorHeader])
     ]
     if unlike:
         yield f"{len(unlike)} tensors are not as the config says: {_listed(unlike)}"
-
-
-def _format_of(
-    headers: Mapping[str, TensorHeader], name: str, default: MatrixFormat
-) -> MatrixFormat:
-    formats = {"I8": "fp4", "F8_E4M3": "fp8", "BF16": "bf16"}
-    header = headers.get(name)
-    return cast(MatrixFormat, formats.get(header.dtype, default)) if header else default
 
 
 def _fits(
@@ -303,11 +276,6 @@ def _devices(needed_bytes: float, device_bytes: float, most: int) -> int | None:
             return count
         count *= 2
     return None
-
-
-def _number(config: Mapping[str, Any], field: str) -> int | None:
-    value = config.get(field)
-    return value if isinstance(value, int) else None
 
 
 def _listed(items: Sequence[str], limit: int = 5) -> str:

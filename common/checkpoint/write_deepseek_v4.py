@@ -20,12 +20,12 @@ from scission.common.checkpoint.byte_tokenizer import (
 )
 from scission.common.checkpoint.deepseek_v4 import (
     MatrixFormat,
-    TensorSpec,
     random_values,
     tensor_table,
 )
 from scission.common.checkpoint.dummy import seed_of
 from scission.common.checkpoint.headers import INDEX_NAME
+from scission.common.checkpoint.table import TensorSpec
 from scission.common.errors import CheckpointError
 from scission.kernels.quant import quantize_block_fp8, quantize_group_fp4
 

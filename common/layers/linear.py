@@ -93,17 +93,14 @@ class RowParallelLinear(Linear):
         numerics: Numerics,
         *,
         align: int = 1,
+        rounds_input: bool = True,
     ) -> None:
-        super().__init__(
-            [w.matrix(name, out_features, in_features, axis_shard(axis, 1, align))], numerics
-        )
+        matrix = w.matrix(name, out_features, in_features, axis_shard(axis, 1, align))
+        super().__init__([matrix], numerics, rounds_input=rounds_input)
         self._axis = axis
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = super().__call__(x)
-        if self._axis.size == 1:
-            return y
-        return self._axis.all_reduce(y.float()).to(y.dtype)
+        return self._axis.reduce(super().__call__(x))
 
 
 class VocabParallelEmbedding:
@@ -113,7 +110,7 @@ class VocabParallelEmbedding:
         self, w: Weights, name: str, vocab_size: int, dim: int, axis: Axis, numerics: Numerics
     ) -> None:
         shard = axis_shard(axis, 0)
-        self._table = w.tensor(f"{name}.weight", (vocab_size, dim), torch.bfloat16, shard)
+        self.table = w.tensor(f"{name}.weight", (vocab_size, dim), torch.bfloat16, shard)
         self._first = shard.bounds(vocab_size)[0] if shard else 0
         self._axis = axis
         self._dtype = numerics.dtype
@@ -121,21 +118,42 @@ class VocabParallelEmbedding:
     def __call__(self, token_ids: Tensor) -> Tensor:
         """[num_tokens] int64 -> [num_tokens, dim] of the activations' dtype."""
         if self._axis.size == 1:
-            return self._table.index_select(0, token_ids).to(self._dtype)
+            return self.table.index_select(0, token_ids).to(self._dtype)
         local = token_ids - self._first
-        is_mine = (local >= 0) & (local < self._table.shape[0])
-        rows = F.embedding(local * is_mine, self._table) * is_mine.unsqueeze(-1)
+        is_mine = (local >= 0) & (local < self.table.shape[0])
+        rows = F.embedding(local * is_mine, self.table) * is_mine.unsqueeze(-1)
         return self._axis.all_reduce(rows).to(self._dtype)
 
 
 class VocabParallelHead:
     """Logits in fp32; each rank computes those of some of the vocabulary."""
 
-    def __init__(self, w: Weights, name: str, vocab_size: int, dim: int, axis: Axis) -> None:
-        shard = axis_shard(axis, 0, align=-(-vocab_size // axis.size))
-        self._weight = w.tensor(f"{name}.weight", (vocab_size, dim), torch.bfloat16, shard).float()
+    def __init__(
+        self,
+        w: Weights,
+        name: str,
+        vocab_size: int,
+        dim: int,
+        axis: Axis,
+        tied_to: VocabParallelEmbedding | None = None,
+    ) -> None:
+        """
+        Args:
+            tied_to: the embedding whose table is the head's, too; None: the head's own is taken.
+        """
+        shard = axis_shard(axis, 0)
+        table = (
+            tied_to.table
+            if tied_to is not None
+            else w.tensor(f"{name}.weight", (vocab_size, dim), torch.bfloat16, shard)
+        )
+        # what is gathered is as long on every rank; the rows that pad it are cut off again
+        num_rows = -(-vocab_size // axis.size)
+        self._weight = F.pad(table.float(), (0, 0, 0, num_rows - table.shape[0]))
+        self._vocab_size = vocab_size
         self._axis = axis
 
     def __call__(self, x: Tensor) -> Tensor:
         """[n, dim] -> [n, vocab_size] float32."""
-        return self._axis.all_gather(F.linear(x.float(), self._weight))
+        logits = self._axis.all_gather(F.linear(x.float(), self._weight))
+        return logits[:, : self._vocab_size]

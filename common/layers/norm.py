@@ -8,10 +8,13 @@ from scission.kernels.norm import rms_norm
 
 
 class RMSNorm:
-    """The weight is bf16 on disk and fp32 in memory."""
+    """The weight is bf16 on disk and fp32 in memory; zero-centred ones are stored less one."""
 
-    def __init__(self, w: Weights, name: str, dim: int, eps: float) -> None:
-        self._weight = w.tensor(f"{name}.weight", (dim,), torch.bfloat16).float()
+    def __init__(
+        self, w: Weights, name: str, dim: int, eps: float, *, is_zero_centered: bool = False
+    ) -> None:
+        weight = w.tensor(f"{name}.weight", (dim,), torch.bfloat16).float()
+        self._weight = weight + 1 if is_zero_centered else weight
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -10,12 +10,16 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class YarnScaling:
     """Pairs that turn less than `beta_slow` times in the original context are slowed by `factor`,
-    pairs that turn more than `beta_fast` times stay, those between are blended."""
+    pairs that turn more than `beta_fast` times stay, those between are blended.
+
+    `rotation_scale` multiplies cos and sin.
+    """
 
     factor: float
     original_max_positions: int
     beta_fast: float
     beta_slow: float
+    rotation_scale: float = 1.0
 
 
 def rope_frequencies(rope_dim: int, base: float, yarn: YarnScaling | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from scission.common.checkpoint.headers import read_json
 from scission.common.errors import CheckpointError
 from scission.common.layers.rope import YarnScaling
+from scission.common.model.fields import ConfigFields
 
 ARCHITECTURE = "DeepseekV4ForCausalLM"
 
@@ -122,7 +123,7 @@ def parse_config(raw: Mapping[str, Any]) -> DeepseekV4Config:
     Raises:
         CheckpointError: names a field that is missing, of another type, or not ours.
     """
-    fields = _Fields(raw, "")
+    fields = ConfigFields(raw, ARCHITECTURE)
     for name, wanted in _FIXED.items():
         fields.expect(name, wanted)
     if "quantization_config" in raw:
@@ -172,43 +173,3 @@ def parse_config(raw: Mapping[str, Any]) -> DeepseekV4Config:
         bos_token_id=fields.integer("bos_token_id"),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (fields.integer("eos_token_id"),),
     )
-
-
-class _Fields:
-    """Typed look-ups that name what is wrong."""
-
-    def __init__(self, raw: Mapping[str, Any], prefix: str) -> None:
-        self._raw = raw
-        self._prefix = prefix
-
-    def value(self, name: str, *types: type) -> Any:
-        if name not in self._raw:
-            raise CheckpointError(
-                f"config.json lacks {self._prefix}{name}, which {ARCHITECTURE} needs"
-            )
-        found = self._raw[name]
-        # True is an int to Python, not to a config
-        if not isinstance(found, types) or (isinstance(found, bool) and bool not in types):
-            wanted = " or ".join(kind.__name__ for kind in types)
-            raise CheckpointError(
-                f"config.json ({ARCHITECTURE}): {self._prefix}{name} must be {wanted}, "
-                f"got {found!r}"
-            )
-        return found
-
-    def integer(self, name: str) -> int:
-        return int(self.value(name, int))
-
-    def number(self, name: str) -> float:
-        return float(self.value(name, int, float))
-
-    def section(self, name: str) -> "_Fields":
-        return _Fields(self.value(name, dict), f"{name}.")
-
-    def expect(self, name: str, wanted: object) -> None:
-        found = self.value(name, type(wanted))
-        if found != wanted:
-            raise CheckpointError(
-                f"config.json ({ARCHITECTURE}): {self._prefix}{name} is {found!r}; "
-                f"this model is served with {wanted!r} only"
-            )

@@ -2,48 +2,28 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from scission.common.cache.layout import CacheLayout, digest_fields
-from scission.common.cache.storage import CacheStorage
 from scission.common.checkpoint import weights
-from scission.common.checkpoint.deepseek_v4 import IGNORED
 from scission.common.checkpoint.headers import read_json
 from scission.common.checkpoint.open import open_source
-from scission.common.checkpoint.source import Source
 from scission.common.config import ModelOptions
-from scission.common.errors import CheckpointError, ConfigError
+from scission.common.errors import ConfigError
 from scission.common.layers.numerics import Numerics
-from scission.common.model.batch import ForwardBatch
-from scission.common.model.config import ARCHITECTURE, parse_config
-from scission.common.model.deepseek_v4 import BLOCK_SIZE, DeepseekV4, OnLayers
-from scission.common.parallel.ranks import Ranks, single_rank
+from scission.common.model.architecture import BLOCK_SIZE, Model
+from scission.common.model.registry import find_architecture
+from scission.common.parallel.ranks import single_rank
+
+__all__ = ["LoadedModel", "Model", "load_model"]
 
 # of what workers say to each other; a change that an older worker would misread counts it up
 PROTOCOL_VERSION = 1
-
-
-class Model(Protocol):
-    """What engines need of a model."""
-
-    @property
-    def layout(self) -> CacheLayout:
-        """The state a request has."""
-
-    @property
-    def layer_groups(self) -> tuple[tuple[int, int], ...]:
-        """[first, last) model layers; after each group its paged rows of the step are final."""
-
-    def forward(
-        self, batch: ForwardBatch, storage: CacheStorage, on_layers: OnLayers | None = None
-    ) -> Tensor:
-        """Logits [num_logits, vocab_size] float32; writes the state in place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +47,7 @@ def load_model(
 
     Args:
         options: which model and how it computes; `options.device` is already `device`.
-        device: where weights and state live.
+        device: where weights and state live; `meta` checks everything and holds nothing.
         block_size: tokens; a multiple of the model's own.
 
     Raises:
@@ -75,31 +55,24 @@ def load_model(
         ConfigError: options that do not go with the model.
     """
     raw = read_json(options.model / "config.json")
+    architecture = find_architecture(raw)
+    config = architecture.parse(raw)
+    facts = architecture.facts(config)
+    max_model_len = options.max_model_len or facts.max_position_embeddings
+    if max_model_len > facts.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len is {max_model_len}; the model takes {facts.max_position_embeddings}"
+        )
     numerics = Numerics(
         dtype=getattr(torch, options.dtype_on(device.type)), rounds=options.numerics == "deployed"
     )
-    load = _ARCHITECTURES[_architecture(raw)]
+    ranks = single_rank()
     source = open_source(options.model, options.load_format, options.seed)
-    return load(options, raw, source, device, numerics, single_rank(), block_size)
-
-
-def _load_deepseek_v4(
-    options: ModelOptions,
-    raw: Mapping[str, Any],
-    source: Source,
-    device: torch.device,
-    numerics: Numerics,
-    ranks: Ranks,
-    block_size: int,
-) -> LoadedModel:
-    config = parse_config(raw)
-    max_model_len = options.max_model_len or config.max_position_embeddings
-    if max_model_len > config.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len is {max_model_len}; the model takes {config.max_position_embeddings}"
-        )
     model = weights.load_model(
-        lambda w: DeepseekV4(w, config, ranks, numerics, block_size), source, device, IGNORED
+        lambda w: architecture.build(w, config, ranks, numerics, block_size),
+        source,
+        device,
+        architecture.ignored,
     )
     layout = model.layout
     digest = digest_fields(
@@ -110,12 +83,7 @@ def _load_deepseek_v4(
             "block_size": block_size,
             "kv_dtype": numerics.dtype_name,
             "numerics": [options.numerics, numerics.dtype_name],
-            "rope": [
-                config.rope_theta,
-                config.compress_rope_theta,
-                config.qk_rope_head_dim,
-                asdict(config.rope_scaling),
-            ],
+            "rope": facts.rope,
             "tokenizer": _file_hash((options.tokenizer or options.model) / "tokenizer.json"),
             "protocol_version": PROTOCOL_VERSION,
         }
@@ -124,27 +92,12 @@ def _load_deepseek_v4(
         model=model,
         layout=layout,
         name=options.names[0],
-        eos_token_ids=frozenset(config.eos_token_ids) | _generation_eos(options.model),
-        bos_token_id=config.bos_token_id,
-        vocab_size=config.vocab_size,
+        eos_token_ids=frozenset(facts.eos_token_ids) | _generation_eos(options.model),
+        bos_token_id=facts.bos_token_id,
+        vocab_size=facts.vocab_size,
         max_model_len=max_model_len,
         digest=digest,
     )
-
-
-_Loader = Callable[
-    [ModelOptions, Mapping[str, Any], Source, torch.device, Numerics, Ranks, int], LoadedModel
-]
-_ARCHITECTURES: Mapping[str, _Loader] = {ARCHITECTURE: _load_deepseek_v4}
-
-
-def _architecture(raw: Mapping[str, Any]) -> str:
-    named = raw.get("architectures")
-    first = named[0] if isinstance(named, list) and named else None
-    if first not in _ARCHITECTURES:
-        known = ", ".join(_ARCHITECTURES)
-        raise CheckpointError(f"config.json names the architecture {first!r}; served are {known}")
-    return str(first)
 
 
 def _computing_fields(raw: Mapping[str, Any]) -> dict[str, Any]:

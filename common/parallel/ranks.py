@@ -30,6 +30,10 @@ class Axis:
             dist.all_reduce(x, group=self.group)
         return x
 
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum over the axis, added up in fp32, of x's dtype."""
+        return x if self.size == 1 else self.all_reduce(x.float()).to(x.dtype)
+
     def all_gather(self, x: Tensor) -> Tensor:
         """Every rank's x side by side along the last dim; all have the same shape."""
         if self.group is None:

@@ -1,11 +1,13 @@
-"""Rotary position embedding: interleaved pairs of the LAST channels, rotated in place."""
+"""Rotary position embedding in place: interleaved pairs of the LAST channels, or split halves of
+the FIRST.
+"""
 
 import torch
 from torch import Tensor
 
 from scission.kernels.rope import reference
 
-__all__ = ["rotate_", "rotations"]
+__all__ = ["rotate_", "rotate_halves_", "rotations"]
 
 
 def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -43,3 +45,21 @@ def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
     if x.shape[0] != rotation.shape[0] or x.shape[-1] < rope_dim:
         raise ValueError(f"x {list(x.shape)} does not fit rotation {list(rotation.shape)}")
     return reference.rotate_(x, rotation)
+
+
+def rotate_halves_(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate the first channels of x in place: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    Pair i is the channels (i, i + rope_dim / 2); those from rope_dim on stay.
+
+    Args:
+        x: [n, num_heads, dim] float32 or bfloat16.
+        rotation: [n, rope_dim / 2] complex64.
+
+    Returns:
+        x.
+    """
+    rope_dim = 2 * rotation.shape[-1]
+    if x.dim() != 3 or x.shape[0] != rotation.shape[0] or x.shape[-1] < rope_dim:
+        raise ValueError(f"x {list(x.shape)} does not fit rotation {list(rotation.shape)}")
+    return reference.rotate_halves_(x, rotation)

@@ -21,3 +21,14 @@ def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
         turned = torch.view_as_complex(pairs[..., -num_pairs:, :].float()) * rotation
         pairs[..., -num_pairs:, :] = torch.view_as_real(turned)
     return x
+
+
+def rotate_halves_(x: Tensor, rotation: Tensor) -> Tensor:
+    num_pairs = rotation.shape[-1]
+    # [n, 1, pairs]
+    cos, sin = rotation.real.unsqueeze(1), rotation.imag.unsqueeze(1)
+    a, b = x[..., :num_pairs].float(), x[..., num_pairs : 2 * num_pairs].float()
+    first, second = a * cos - b * sin, b * cos + a * sin
+    x[..., :num_pairs] = first
+    x[..., num_pairs : 2 * num_pairs] = second
+    return x

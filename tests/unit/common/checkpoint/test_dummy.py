@@ -60,8 +60,8 @@ def test_the_load_format_picks_the_source(tmp_path: Path) -> None:
         open_source(tmp_path, "auto")
     with pytest.raises(ConfigError, match="'pickle'; accepted are auto, dummy"):
         open_source(tmp_path, "pickle")  # type: ignore[arg-type]
-    write_json(tmp_path / "config.json", {"model_type": "other"})
-    with pytest.raises(CheckpointError, match="not 'other'"):
+    write_json(tmp_path / "config.json", {"architectures": ["Other"]})
+    with pytest.raises(CheckpointError, match="'Other'; served are DeepseekV4ForCausalLM"):
         open_source(tmp_path, "dummy")
 
 

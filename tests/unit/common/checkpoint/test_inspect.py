@@ -82,12 +82,13 @@ def test_another_model_is_described_but_not_served(tmp_path: Path) -> None:
         "model.embed_tokens.weight": torch.zeros(16, 4, dtype=torch.bfloat16),
     }
     write_shards(tmp_path, tensors)
-    write_json(tmp_path / "config.json", {"model_type": "qwen3", "vocab_size": 16})
+    write_json(tmp_path / "config.json", {"architectures": ["Other"], "model_type": "other"})
     inspection = inspect_checkpoint(tmp_path)
-    assert inspection.problems == ("model_type is qwen3; served is deepseek_v4",)
+    (problem,) = inspection.problems
+    assert "'Other'; served are DeepseekV4ForCausalLM" in problem
     assert [(row.group, row.format) for row in inspection.formats] == [
         ("embedding and head", "BF16"),
-        ("other", "FP8 e4m3, F32 scale per 128x128"),
+        ("feed-forward", "FP8 e4m3, F32 scale per 128x128"),
     ]
     assert inspection.fits == ()
 

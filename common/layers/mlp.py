@@ -1,0 +1,50 @@
+"""The gated feed-forward layer: gate and up as one product, silu, an optional clamp, down."""
+
+from torch import Tensor
+
+from scission.common.checkpoint.weights import Weights
+from scission.common.layers.linear import Linear, axis_shard
+from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
+from scission.common.parallel.ranks import Axis
+from scission.kernels.activation import silu_mul
+
+
+class GatedMLP:
+    """down(min(silu(gate x), limit) * clip(up x, -limit, limit)).
+
+    Ranks hold whole scale blocks of the inner dimension, so that none reads another's scale;
+    trailing ranks may hold nothing, which adds nothing.
+    """
+
+    def __init__(
+        self,
+        w: Weights,
+        dim: int,
+        inner: int,
+        axis: Axis,
+        numerics: Numerics,
+        *,
+        limit: float | None = None,
+    ) -> None:
+        """
+        Args:
+            limit: of the activation; None: no clamp.
+        """
+        rows, columns = (axis_shard(axis, cut, LINEAR_BLOCK) for cut in (0, 1))
+        self._gate_up = Linear(
+            [w.matrix(name, inner, dim, rows) for name in ("gate_proj", "up_proj")],
+            numerics,
+            rounds_input=False,
+        )
+        down = w.matrix("down_proj", dim, inner, columns)
+        self._down = Linear([down], numerics, rounds_input=False)
+        self._limit = limit
+        self._axis = axis
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_tokens, dim] -> [num_tokens, dim], summed over the ranks."""
+        return self._axis.reduce(self.partial(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's share of the sum."""
+        return self._down(silu_mul(self._gate_up(x), self._limit))
