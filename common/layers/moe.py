@@ -10,7 +10,7 @@ from scission.common.checkpoint.weights import Matrix, Weights
 from scission.common.layers.linear import axis_shard
 from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
 from scission.common.parallel.ranks import Axis
-from scission.kernels.moe import gate, route, run_experts
+from scission.kernels.moe import ExpertWeights, gate, route, run_experts
 from scission.kernels.quant import round_trip_fp8
 
 
@@ -53,7 +53,7 @@ class HashRouter:
 
 
 class ExpertStack:
-    """Gated feed-forward experts of one shape; (w1 | w3) is one matrix, gate then up."""
+    """Gated feed-forward experts of one shape."""
 
     def __init__(
         self,
@@ -86,21 +86,21 @@ class ExpertStack:
         Args:
             experts: [num_tokens, k] int64, numbers in this stack; `weights`: float32.
         """
-        w13, w2 = self._values if self._values is not None else self._decode()
+        values = self._values if self._values is not None else self._decode()
         if self._round_block is not None:
             x = round_trip_fp8(x, self._round_block)
         return run_experts(
-            x, experts, weights, w13, w2, self._limit, self._round_block, self._num_shared
+            x, experts, weights, values, self._limit, self._round_block, self._num_shared
         )
 
-    def _decode(self) -> tuple[Tensor, Tensor]:
+    def _decode(self) -> ExpertWeights:
         w1, w2, w3 = (
             torch.cat(
                 [m.dequantize(self._dtype).view(-1, m.out_features, m.in_features) for m in parts]
             )
             for parts in self._matrices
         )
-        return torch.cat([w1, w3], dim=1), w2
+        return ExpertWeights(w1, w3, w2)
 
 
 class MoE:

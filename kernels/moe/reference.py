@@ -21,14 +21,15 @@ def run_experts(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
-    w13: Tensor,
-    w2: Tensor,
+    w13: list[Tensor],
+    w2: list[Tensor],
     limit: float,
     round_block: int | None,
     num_shared: int,
 ) -> Tensor:
+    """`w13` and `w2` are [in, out] an expert."""
     num_tokens, k = experts.shape
-    shared = range(w13.shape[0] - num_shared, w13.shape[0])
+    shared = range(len(w13) - num_shared, len(w13))
     active, counts, order = _group(experts)
     if order is None:
         inputs = [x] * k
@@ -39,10 +40,10 @@ def run_experts(
     inputs += [x] * num_shared
     counts += [num_tokens] * num_shared
     # a product an expert: a batched one of few rows is several times slower on a CPU
-    inner = torch.cat([F.linear(part, w13[e]) for e, part in zip(active, inputs, strict=True)])
+    inner = torch.cat([torch.mm(part, w13[e]) for e, part in zip(active, inputs, strict=True)])
     inner = _activate(inner, weights.view(-1, 1), limit, round_block)
     parts = torch.split_with_sizes(inner, counts)
-    outputs = [F.linear(part, w2[e]) for e, part in zip(active, parts, strict=True)]
+    outputs = [torch.mm(part, w2[e]) for e, part in zip(active, parts, strict=True)]
     if order is None:
         return torch.cat(outputs).sum(0, keepdim=True, dtype=torch.float32)
     num_routed = len(outputs) - num_shared

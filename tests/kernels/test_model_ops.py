@@ -11,7 +11,7 @@ from scission.kernels.cache import recent_rows, write_rows_
 from scission.kernels.compressor import pool_blocks
 from scission.kernels.hyper_connections import HyperConnection, hc_head, hc_post, hc_pre
 from scission.kernels.indexer import hadamard, pick_rows, score_entries
-from scission.kernels.moe import gate, route, run_experts
+from scission.kernels.moe import ExpertWeights, gate, route, run_experts
 from scission.kernels.norm import rms_norm
 from scission.kernels.quant import round_trip_fp8
 from scission.kernels.rope import rotate_, rotations
@@ -249,6 +249,11 @@ def test_hash_routing_weighs_as_score_routing_does() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.full((5,), 2.5))
 
 
+def _packed(w13: Tensor, w2: Tensor) -> ExpertWeights:
+    w1, w3 = w13.chunk(2, dim=1)
+    return ExpertWeights(w1, w3, w2)
+
+
 def _one_expert(x: Tensor, weight: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
     a, b = (w13 @ x).chunk(2)
     a, b = a.clamp(max=limit), b.clamp(-limit, limit)
@@ -263,7 +268,7 @@ def test_experts_clip_the_gate_above_and_the_rest_both_sides(num_tokens: int, si
     w13, w2 = torch.randn(num_experts, 2 * inner, dim), torch.randn(num_experts, dim, inner)
     experts = torch.stack([torch.randperm(num_experts)[:k] for _ in range(num_tokens)])
     weights = torch.rand(num_tokens, k)
-    out = run_experts(x, experts, weights, w13, w2, 10.0, None)
+    out = run_experts(x, experts, weights, _packed(w13, w2), 10.0, None)
     for token in range(num_tokens):
         expected = sum(
             _one_expert(x[token], weights[token, i], w13[e], w2[e], 10.0)
@@ -278,7 +283,8 @@ def test_experts_round_after_weighing() -> None:
     a, b = (x @ w13[0].mT).chunk(2, dim=-1)
     inner = torch.nn.functional.silu(a.clamp(max=10)) * b.clamp(-10, 10) * weights
     expected = round_trip_fp8(inner, 128) @ w2[0].mT
-    torch.testing.assert_close(run_experts(x, experts, weights, w13, w2, 10.0, 128), expected)
+    out = run_experts(x, experts, weights, _packed(w13, w2), 10.0, 128)
+    torch.testing.assert_close(out, expected)
 
 
 # --- cache rows ---------------------------------------------------------------------------------
