@@ -20,7 +20,9 @@ from scission.common.settings.table import ACCEPTED_SWITCHES, SETTINGS, UNSUPPOR
 from scission.common.types import Role
 
 _WORKER = ["source", "model", "cache", "scheduler", "transfer", "discovery", "endpoint", "log"]
-_GATEWAY = ["source", "model", "http", "admission", "routing", "discovery", "registry", "log"]
+_GATEWAY = [
+    *("source", "model", "chat", "http", "admission", "routing", "discovery", "registry", "log")
+]
 SECTIONS_SHOWN: dict[str, list[str]] = {
     "serve": list(dict.fromkeys(["serve", *_GATEWAY, *_WORKER])),
     Role.GATEWAY: _GATEWAY,

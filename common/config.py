@@ -4,7 +4,7 @@ One dataclass serves one concern; `GatewayConfig`, `PrefillConfig` and `DecodeCo
 mains are given. Values come from flags, environment and file (settings.py). Imports no torch.
 
     PrefillConfig, DecodeConfig  model cache scheduler transfer discovery endpoint log
-    GatewayConfig                model http admission routing discovery registry log
+    GatewayConfig                model chat http admission routing discovery registry log
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from scission.common.transfer.options import TransferOptions
 __all__ = [
     "AdmissionOptions",
     "CacheOptions",
+    "ChatOptions",
     "DecodeConfig",
     "DiscoveryOptions",
     "EndpointOptions",
@@ -37,6 +38,10 @@ ResolvedDtype = Literal["float32", "bfloat16"]
 Numerics = Literal["exact", "deployed"]
 LoadFormat = Literal["auto", "dummy"]
 RoutingPolicy = Literal["cache_aware", "power_of_two", "round_robin", "random"]
+ToolCallParser = Literal[
+    "auto", "none", "deepseek_v4", "hermes", "mistral", "qwen3_coder", "step3p5"
+]
+ReasoningParser = Literal["auto", "none", "deepseek_v4", "mistral", "qwen3", "step3p5"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -209,6 +214,15 @@ class HttpOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How chats become prompts and completions become messages, where the model leaves a choice."""
+
+    template: Path | None = None  # a Jinja file; None: the checkpoint's own
+    tool_call_parser: ToolCallParser = "auto"  # auto: what the template shows
+    reasoning_parser: ReasoningParser = "auto"
+
+
+@dataclass(frozen=True, slots=True)
 class AdmissionOptions:
     """What the gateway takes on before it answers 429."""
 
@@ -256,6 +270,7 @@ class LogOptions:
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
     model: ModelOptions
+    chat: ChatOptions = field(default_factory=ChatOptions)
     http: HttpOptions = field(default_factory=HttpOptions)
     admission: AdmissionOptions = field(default_factory=AdmissionOptions)
     routing: RoutingOptions = field(default_factory=RoutingOptions)

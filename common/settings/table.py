@@ -50,6 +50,7 @@ SECTIONS: dict[str, type] = {
     "transfer": config.TransferOptions,
     "discovery": config.DiscoveryOptions,
     "endpoint": config.EndpointOptions,
+    "chat": config.ChatOptions,
     "http": config.HttpOptions,
     "admission": config.AdmissionOptions,
     "routing": config.RoutingOptions,
@@ -218,6 +219,9 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("endpoint.advertise_host", "address that a worker is reached at"),
     _setting("endpoint.grpc_port", "a worker's; 0: a free one"),
     _setting("endpoint.metrics_port", "a worker's; 0: a free one"),
+    _setting("chat.template", "Jinja file, instead of the checkpoint's", "chat_template"),
+    _setting("chat.tool_call_parser", "how tool calls are written; auto: as the template shows"),
+    _setting("chat.reasoning_parser", "how thoughts are marked; auto: as the template shows"),
     _setting("http.host", "address that the gateway serves HTTP on"),
     _setting("http.port", "port of it"),
     _setting("http.root_path", "prefix that a proxy strips"),
@@ -298,15 +302,8 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         ("auto", "fp8", "deepseek_v4_fp8"),
         aliases=("-q",),
     ),
-    Unsupported("chat_template", "the model's own chat encoding is used"),
-    Unsupported("trust_request_chat_template", "the model's own encoding is used", is_switch=True),
     Unsupported(
-        "tool_call_parser",
-        "tool calls are parsed as the model writes them",
-        ("auto", "deepseek_v4"),
-    ),
-    Unsupported(
-        "reasoning_parser", "reasoning is parsed as the model writes it", ("auto", "deepseek_v4")
+        "trust_request_chat_template", "templates are not taken from requests", is_switch=True
     ),
     Unsupported("speculative_config", "drafting is not served"),
     Unsupported("kv_transfer_config", "prefill and decode always ship state (--transfer-...)"),

@@ -127,7 +127,7 @@ class _Gateway:
 
     def _http_config(self, cluster: Cluster, metrics: Metrics) -> uvicorn.Config:
         options = self._config.http
-        folder = read_model_folder(self._config.model)
+        folder = read_model_folder(self._config.model, self._config.chat)
         app = create_app(
             AppDependencies(
                 engine=cluster,

@@ -87,13 +87,19 @@ class DeepSeekV4Format:
         )
         self._clean = MarkerGuard({*MARKERS, *ids}).neutralise
 
-    def render(self, conversation: Conversation) -> RenderedChat:
+    async def render(self, conversation: Conversation) -> RenderedChat:
         """Render the prompt text.
 
         Raises:
             RequestError: the messages make no conversation of this format.
             UnsupportedError: the checkpoint lacks a text that the request needs.
         """
+        if conversation.documents:
+            raise UnsupportedError(
+                "documents cannot be used: this model's chat format has none; put them into a "
+                "message",
+                param="documents",
+            )
         turns = _sort_tool_results(_merge_tool_messages(conversation.messages))
         turns = _attach_tools(turns, conversation.tools)
         is_thinking = conversation.thinking is not False

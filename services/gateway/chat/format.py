@@ -35,6 +35,7 @@ class Message(TypedDict, total=False):
     reasoning: str
     tool_calls: list[ToolCall]
     tool_call_id: str
+    name: str  # of a participant or a tool, where the client says it
     tools: list[
         dict[str, Any]
     ]  # the functions' schemas, without the {"type": "function"} around them
@@ -53,6 +54,8 @@ class Conversation:
     effort: str | None = (
         None  # none, minimal, low, medium, high, xhigh, max; None: the model's default
     )
+    template_options: dict[str, Any] = field(default_factory=dict)  # for a template, as given
+    documents: list[dict[str, Any]] = field(default_factory=list)
     drop_thinking: bool = True  # leave old turns' reasoning out where the format allows it
     add_generation_prompt: bool = True
     continue_final_message: bool = False  # the last message is an assistant's, to be continued
@@ -61,11 +64,13 @@ class Conversation:
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
     """The prompt, to be encoded in one piece without special tokens added; what the completion
-    starts inside of.
+    starts inside of, and what else its parser needs.
     """
 
     prompt: str
     opens_in: Literal["reasoning", "content"]
+    may_reason: bool = False  # it opens in content, but may begin with reasoning
+    tools: tuple[dict[str, Any], ...] = ()  # functions' schemas, which type the arguments
 
 
 @dataclass(slots=True)
@@ -118,7 +123,7 @@ class ChatFormat(Protocol):
         int
     ]  # the parser needs their text, even where special tokens are skipped
 
-    def render(self, conversation: Conversation) -> RenderedChat:
+    async def render(self, conversation: Conversation) -> RenderedChat:
         """Raises RequestError, UnsupportedError."""
         ...
 

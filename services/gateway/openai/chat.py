@@ -125,7 +125,7 @@ class ChatJob:
         check_logprobs("top_logprobs", body.top_logprobs, context)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-        rendered = context.chat_format.render(read_conversation(body))
+        rendered = await context.chat_format.render(read_conversation(body))
         token_ids = await context.encoder.encode(
             rendered.prompt, add_special_tokens=False, max_tokens=prompt_limit(body, context)
         )

@@ -44,6 +44,8 @@ def read_conversation(body: ConversationBody) -> Conversation:
         tools=tools,
         thinking=thinking,
         effort=effort,
+        template_options=options.model_dump(exclude_none=True) if options is not None else {},
+        documents=body.documents or [],
         drop_thinking=options is None or options.drop_thinking is not False,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=is_continued,
@@ -99,6 +101,8 @@ def _read_message(message: ChatMessage, i: int) -> Message:
     content = message.content
     if content is None and message.role != "assistant":
         raise RequestError(f"messages.{i}.content is required", param=f"messages.{i}.content")
+    if message.name is not None:
+        read["name"] = message.name
     if message.role == "tool":
         read["tool_call_id"] = message.tool_call_id or ""
         read["content"] = _tool_parts(content) if isinstance(content, list) else content or ""

@@ -53,7 +53,6 @@ REFUSED: dict[str, str] = {
     "audio": "this model writes text only",
     "web_search_options": "there is no web search",
     "chat_template": "templates are not taken from requests",
-    "documents": "this model's chat format has no documents; put them into a message",
 }
 
 

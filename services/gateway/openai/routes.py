@@ -93,7 +93,8 @@ def make_openai_router(context: ServingContext) -> APIRouter:
         if isinstance(body, TokenizeTextBody):
             text, adds_special = body.prompt, body.add_special_tokens is not False
         else:
-            text = context.chat_format.render(read_conversation(body)).prompt
+            rendered = await context.chat_format.render(read_conversation(body))
+            text = rendered.prompt
             adds_special = bool(body.add_special_tokens)
         token_ids = await context.encoder.encode(text, add_special_tokens=adds_special)
         answer: dict[str, Any] = {

@@ -23,6 +23,7 @@ MAX_STOP_CHARS = 1024
 MAX_BAD_WORDS = 1024
 MAX_MESSAGES = 65536
 MAX_TOOLS = 4096
+MAX_DOCUMENTS = 4096
 INT64_MAX = 2**63 - 1
 
 Prompt = str | list[int] | list[str] | list[list[int]]
@@ -198,6 +199,8 @@ class ThinkingSwitch(_Body):
 
 
 class ChatTemplateOptions(_Body):
+    """Switches of the model's chat format; a template may know others by their names."""
+
     thinking: bool | None = None
     enable_thinking: bool | None = None
     drop_thinking: bool | None = None
@@ -219,6 +222,7 @@ class ConversationBody(_Body):
     reasoning_effort: Effort | None = None
     thinking: ThinkingSwitch | None = None
     chat_template_kwargs: ChatTemplateOptions | None = None
+    documents: list[dict[str, Any]] | None = Field(None, max_length=MAX_DOCUMENTS)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 

@@ -46,7 +46,6 @@ def test_both_configs_name_end_of_sequence_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"architectures": ["OtherForCausalLM"]}, "no chat format"),
         ({"vocab_size": 200}, "vocab_size is 200"),
         ({"vocab_size": "300"}, "vocab_size must be"),
         ({"max_position_embeddings": None}, "max_position_embeddings must be"),

@@ -1,3 +1,4 @@
+import asyncio
 import json
 from typing import Any
 
@@ -16,10 +17,11 @@ from scission.services.gateway.chat.deepseek_v4 import (
     THINK,
     THINK_END,
     USER,
+    DeepSeekV4Format,
     DeepSeekV4Parser,
 )
 from scission.services.gateway.chat.dsml import DSML, render_tool_calls
-from scission.services.gateway.chat.format import Conversation, FunctionCall, Message
+from scission.services.gateway.chat.format import Conversation, FunctionCall, Message, RenderedChat
 from tests.unit.services.gateway.text_fixtures import TEXTS, make_format
 
 FORMAT = make_format()
@@ -48,8 +50,12 @@ def calling(*calls: tuple[str, str]) -> Message:
     }
 
 
+def render(conversation: Conversation, chat_format: DeepSeekV4Format = FORMAT) -> RenderedChat:
+    return asyncio.run(chat_format.render(conversation))
+
+
 def prompt(messages: list[Message], **options: Any) -> str:
-    return FORMAT.render(Conversation(messages, **options)).prompt
+    return render(Conversation(messages, **options)).prompt
 
 
 # ------------------------------------------------------------------------------------ rendering
@@ -58,7 +64,7 @@ TWO_TURNS = [system("S"), user("q1"), assistant("a1", "r1"), user("q2")]
 
 
 def test_old_turns_lose_their_reasoning_and_the_new_one_starts_thinking() -> None:
-    rendered = FORMAT.render(Conversation(TWO_TURNS))
+    rendered = render(Conversation(TWO_TURNS))
     assert rendered.prompt == (
         f"{BOS}S{USER}q1{ASSISTANT}{THINK_END}a1{EOS}{USER}q2{ASSISTANT}{THINK}"
     )
@@ -68,7 +74,7 @@ def test_old_turns_lose_their_reasoning_and_the_new_one_starts_thinking() -> Non
 def test_chat_mode_always_opens_with_a_closed_think_block() -> None:
     expected = f"{BOS}S{USER}q1{ASSISTANT}{THINK_END}a1{EOS}{USER}q2{ASSISTANT}{THINK_END}"
     for mode in ({"thinking": False}, {"effort": "none"}):
-        rendered = FORMAT.render(Conversation(TWO_TURNS, **mode))
+        rendered = render(Conversation(TWO_TURNS, **mode))
         assert rendered.prompt == expected
         assert rendered.opens_in == "content"
 
@@ -136,7 +142,7 @@ def test_reminders_and_tasks_are_rendered_with_their_markers() -> None:
     expected = f"{USER}q{ASSISTANT}{THINK}{LATEST_REMINDER}today{THINK_END}a{EOS}"
     assert text == BOS + expected
     assert prompt([{**user("q"), "task": "title"}]) == f"{BOS}{USER}q<｜title｜>"
-    action = FORMAT.render(Conversation([{**user("q"), "task": "action"}]))
+    action = render(Conversation([{**user("q"), "task": "action"}]))
     assert action.prompt == f"{BOS}{USER}q{ASSISTANT}{THINK}<｜action｜>"
     with pytest.raises(RequestError, match="task"):
         prompt([{**user("q"), "task": "dance"}])
@@ -151,35 +157,38 @@ def test_effort_prefix_stands_right_after_bos_and_only_when_thinking() -> None:
 
 def test_a_checkpoint_without_texts_serves_plain_chats_and_names_what_is_missing() -> None:
     bare = make_format(CheckpointTexts())
-    assert bare.render(Conversation([user("q")], effort="high")).prompt.startswith(BOS)
+    assert render(Conversation([user("q")], effort="high"), bare).prompt.startswith(BOS)
     for options in ({"tools": [WEATHER]}, {"effort": "max"}):
         with pytest.raises(UnsupportedError, match=r"encoding_dsv4\.py, which is missing"):
-            bare.render(Conversation([user("q")], **options))
+            render(Conversation([user("q")], **options), bare)
 
 
 def test_the_july_texts_give_high_and_max_a_prefix_and_low_none() -> None:
     july = make_format(CheckpointTexts(effort_prefixes={"high": "H", "max": "M"}))
     for effort, prefix in (("low", ""), ("high", "H"), ("max", "M"), (None, "")):
-        rendered = july.render(Conversation([user("q")], effort=effort))
+        rendered = render(Conversation([user("q")], effort=effort), july)
         assert rendered.prompt == f"{BOS}{prefix}{USER}q{ASSISTANT}{THINK}"
 
 
 def test_a_final_assistant_message_can_be_continued() -> None:
     messages = [user("q"), assistant("So far", "hm")]
-    going_on = FORMAT.render(Conversation(messages, continue_final_message=True))
+    going_on = render(Conversation(messages, continue_final_message=True))
     assert going_on.prompt == f"{BOS}{USER}q{ASSISTANT}{THINK}hm{THINK_END}So far"
     assert going_on.opens_in == "content"
-    thinking = FORMAT.render(
-        Conversation([user("q"), assistant("", "hm")], continue_final_message=True)
-    )
+    thinking = render(Conversation([user("q"), assistant("", "hm")], continue_final_message=True))
     assert thinking.prompt.endswith(f"{THINK}hm")
     assert thinking.opens_in == "reasoning"
     with pytest.raises(RequestError, match="assistant"):
-        FORMAT.render(Conversation([user("q")], continue_final_message=True))
+        render(Conversation([user("q")], continue_final_message=True))
 
 
 def test_without_a_generation_prompt_nothing_follows_the_last_message() -> None:
     assert prompt([user("q")], add_generation_prompt=False) == f"{BOS}{USER}q"
+
+
+def test_documents_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="documents"):
+        prompt([user("q")], documents=[{"text": "d"}])
 
 
 @given(st.lists(st.sampled_from([*MARKERS, "<", "｜", "a", "DSML", " "]), max_size=8))
