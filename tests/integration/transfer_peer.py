@@ -1,8 +1,10 @@
 """One end of a transfer as a process of its own, to be killed or stopped by a test.
 
-`python -m tests.integration.transfer_peer ROLE DIRECTORY [WORKER_ID EPOCH ADDRESS]`: ROLE is receiver (prints its
-address), deaf (a receiver whose engine never injects) or sender (is granted room, then ships nothing). Prints one
-line when it is where the test wants it, then runs until it is ended.
+`python -m tests.integration.transfer_peer ROLE DIRECTORY [WORKER_ID EPOCH ADDRESS]`
+
+ROLE is receiver (prints its address), deaf (a receiver whose engine never injects) or sender (is
+granted room, then ships nothing). Prints one line when it is where the test wants it, then runs
+until it is ended.
 """
 
 import sys
