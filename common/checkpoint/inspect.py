@@ -14,6 +14,7 @@ import torch
 from scission.common.cache.layout import CacheLayout
 from scission.common.checkpoint.headers import TensorHeader, read_headers, read_json
 from scission.common.checkpoint.source import natural_key
+from scission.common.checkpoint.table import TensorSpec
 from scission.common.errors import CheckpointError
 from scission.common.layers.numerics import Numerics
 from scission.common.model.architecture import BLOCK_SIZE, Architecture, Facts
@@ -127,7 +128,8 @@ def inspect_headers(
         architecture = find_architecture(config)
         parsed = architecture.parse(config)
         facts, layouts = architecture.facts(parsed), _layouts(architecture, parsed)
-        problems = tuple(_differences(architecture, config, headers))
+        ignored = architecture.ignored(parsed)
+        problems = tuple(_differences(architecture.table(config, headers), headers, ignored))
     except CheckpointError as error:
         problems = (str(error),)
     max_model_len = facts.max_position_embeddings if facts is not None else None
@@ -221,17 +223,18 @@ def _state_needs(layout: CacheLayout, max_model_len: int) -> StateNeeds:
 
 
 def _differences(
-    architecture: Architecture[Any], config: Mapping[str, Any], headers: Mapping[str, TensorHeader]
+    table: Mapping[str, TensorSpec],
+    headers: Mapping[str, TensorHeader],
+    ignored: Sequence[re.Pattern[str]],
 ) -> Iterator[str]:
-    """How a checkpoint differs from the published table, in the formats it has itself."""
-    table = architecture.table(config, headers)
+    """How a checkpoint differs from the published table in the formats it has itself."""
     missing = sorted(table.keys() - headers.keys(), key=natural_key)
     if missing:
         yield f"{len(missing)} tensors are missing: {_listed(missing)}"
     unknown = [
         name
         for name in sorted(headers.keys() - table.keys(), key=natural_key)
-        if not any(rule.fullmatch(name) for rule in architecture.ignored)
+        if not any(rule.fullmatch(name) for rule in ignored)
     ]
     if unknown:
         yield f"{len(unknown)} tensors are unknown: {_listed(unknown)}"

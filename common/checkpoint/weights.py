@@ -8,7 +8,7 @@ shape, never from the config, and never from the ratio of the two shapes.
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TypeVar
 
@@ -96,6 +96,11 @@ class Weights:
     def scope(self, *components: str) -> "Weights":
         """The tensors under these name components, as in scope("layers", "0", "attn")."""
         return Weights(self._ledger, self._prefix + "".join(c + "." for c in components))
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of every tensor of the checkpoint, whatever this scope is."""
+        return self._ledger.source.tensors.keys()
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds it; does not take it."""

@@ -1,9 +1,14 @@
-"""How query and key-value heads are divided over the tensor-parallel ranks."""
+"""Query and key-value heads: how ranks divide them, and the projections to and from them."""
 
 from dataclasses import dataclass
 
-from scission.common.checkpoint.weights import Shard
+import torch
+from torch import Tensor
+
+from scission.common.checkpoint.weights import Shard, Weights
 from scission.common.errors import ConfigError
+from scission.common.layers.linear import Linear
+from scission.common.layers.numerics import Numerics
 from scission.common.parallel.ranks import Axis
 
 
@@ -60,3 +65,44 @@ class HeadSplit:
     @property
     def _is_replicated(self) -> bool:
         return self.axis.size > self.num_kv_heads
+
+
+class HeadProjections:
+    """`q_proj`, `k_proj` and `v_proj` of one input as one product; this rank's heads."""
+
+    def __init__(
+        self, w: Weights, dim: int, head_dim: int, heads: HeadSplit, numerics: Numerics
+    ) -> None:
+        q_dim, kv_dim = heads.num_heads * head_dim, heads.num_kv_heads * head_dim
+        matrices = [
+            w.matrix("q_proj", q_dim, dim, heads.queries(head_dim)),
+            w.matrix("k_proj", kv_dim, dim, heads.keys(head_dim)),
+            w.matrix("v_proj", kv_dim, dim, heads.keys(head_dim)),
+        ]
+        self._linear = Linear(matrices, numerics, rounds_input=False)
+        self._widths = [matrix.out_features for matrix in matrices]
+        self._head_dim = head_dim
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[num_tokens, dim] -> q, k, v: [num_tokens, heads, head_dim] each."""
+        q, k, v = torch.split_with_sizes(self._linear(x), self._widths, dim=-1)
+        return self._heads(q), self._heads(k), self._heads(v)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], x.shape[1] // self._head_dim, self._head_dim)
+
+
+class HeadsOutput:
+    """`o_proj`: all heads side by side to the model's width, summed over the ranks."""
+
+    def __init__(
+        self, w: Weights, dim: int, head_dim: int, heads: HeadSplit, numerics: Numerics
+    ) -> None:
+        columns = heads.queries(head_dim, dim=1)
+        matrix = w.matrix("o_proj", dim, heads.num_heads * head_dim, columns)
+        self._linear = Linear([matrix], numerics, rounds_input=False)
+        self._axis = heads.axis
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """[num_tokens, heads, head_dim] -> [num_tokens, dim]."""
+        return self._axis.reduce(self._linear(heads.flatten(1)))

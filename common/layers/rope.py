@@ -22,6 +22,25 @@ class YarnScaling:
     rotation_scale: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Pairs that turn less than `low_freq_factor` times in the original context are slowed by
+    `factor`, pairs that turn more than `high_freq_factor` times stay, those between are blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+def llama3_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Plain frequencies [rope_dim / 2] float32, scaled."""
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    mix = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * mix + frequencies / scaling.factor * (1 - mix)
+
+
 def rope_frequencies(rope_dim: int, base: float, yarn: YarnScaling | None = None) -> Tensor:
     """Radians per position of each channel pair: [rope_dim / 2] float32, on the CPU."""
     exponents = torch.arange(0, rope_dim, 2, dtype=torch.float32) / rope_dim

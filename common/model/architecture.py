@@ -64,4 +64,5 @@ class Architecture(Generic[Config]):
     build: Callable[[Weights, Config, Ranks, Numerics, int], Model]
     table: Callable[[Mapping[str, Any], Stored], dict[str, TensorSpec]]
     random_values: Callable[[str, tuple[int, ...], Mapping[str, Any], torch.Generator], Tensor]
-    ignored: tuple[re.Pattern[str], ...] = ()  # whole names of tensors that are not loaded
+    # whole names of tensors that are not loaded
+    ignored: Callable[[Config], tuple[re.Pattern[str], ...]] = lambda config: ()

@@ -1,7 +1,7 @@
 """What decoders with per-head K and V share: their state, attention over it, and the outer loop."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,26 @@ class KeyValues:
 class DecoderLayer(Protocol):
     def __call__(self, x: Tensor, plan: KindPlan, state: KeyValues) -> Tensor:
         """[num_tokens, dim] -> [num_tokens, dim]; writes the step's K and V."""
+
+
+class ResidualLayer:
+    """Attention, then a feed-forward layer, each on a normalised copy of the residual stream."""
+
+    def __init__(
+        self,
+        attention_norm: RMSNorm,
+        attention: DecoderLayer,
+        mlp_norm: RMSNorm,
+        mlp: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._attention_norm = attention_norm
+        self._attention = attention
+        self._mlp_norm = mlp_norm
+        self._mlp = mlp
+
+    def __call__(self, x: Tensor, plan: KindPlan, state: KeyValues) -> Tensor:
+        x = x + self._attention(self._attention_norm(x), plan, state)
+        return x + self._mlp(self._mlp_norm(x))
 
 
 class Decoder:
@@ -118,8 +138,6 @@ def attend_and_keep(
     Returns:
         [num_tokens, num_heads, head_dim].
     """
-    if plan.query_scale is not None:
-        q = (q.float() * plan.query_scale).to(q.dtype)
     heads = k.shape[1:]
     k, v, writes = k.flatten(1), v.flatten(1), plan.writes
     if plan.look_back is None:
@@ -140,8 +158,7 @@ def attend_and_keep(
 def key_value_layout(
     layer_kinds: Sequence[str],
     windows: Mapping[str, int | None],
-    num_kv_heads: Mapping[str, int],
-    head_dim: int,
+    rows: Mapping[str, tuple[int, int]],
     numerics: Numerics,
     block_size: int,
 ) -> CacheLayout:
@@ -152,23 +169,24 @@ def key_value_layout(
     Args:
         layer_kinds: the name of each layer's kind.
         windows: by kind; None: all tokens.
-        num_kv_heads: by kind.
+        rows: by kind: the shape of a row of K or V, key-value heads and channels of a head.
     """
     components = []
     for kind, window in windows.items():
         layers = tuple(i for i, name in enumerate(layer_kinds) if name == kind)
-        row = (num_kv_heads[kind], head_dim)
         for part in ("k", "v"):
             name = f"{kind}_{part}"
             if layers and window is None:
-                components.append(Component(name, Kind.PAGED, layers, row, numerics.dtype_name))
+                components.append(
+                    Component(name, Kind.PAGED, layers, rows[kind], numerics.dtype_name)
+                )
             elif layers and window is not None:
                 components.append(
                     Component(
                         name,
                         Kind.RING,
                         layers,
-                        row,
+                        rows[kind],
                         numerics.dtype_name,
                         ring_size=window,
                         live_lookback=window - 1,

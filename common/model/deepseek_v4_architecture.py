@@ -70,5 +70,5 @@ DEEPSEEK_V4 = Architecture(
     build=DeepseekV4,
     table=_table,
     random_values=random_values,
-    ignored=IGNORED,
+    ignored=lambda config: IGNORED,
 )

@@ -72,7 +72,7 @@ def load_model(
         lambda w: architecture.build(w, config, ranks, numerics, block_size),
         source,
         device,
-        architecture.ignored,
+        architecture.ignored(config),
     )
     layout = model.layout
     digest = digest_fields(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from scission.common.cache.layout import CacheLayout
@@ -19,8 +18,8 @@ from scission.common.checkpoint.table import (
     matrix_formats,
 )
 from scission.common.checkpoint.weights import Weights
-from scission.common.layers.heads import HeadSplit
-from scission.common.layers.linear import Linear, VocabParallelEmbedding, VocabParallelHead
+from scission.common.layers.heads import HeadProjections, HeadsOutput, HeadSplit
+from scission.common.layers.linear import VocabParallelEmbedding, VocabParallelHead
 from scission.common.layers.mlp import GatedMLP
 from scission.common.layers.norm import RMSNorm
 from scission.common.layers.numerics import Numerics
@@ -29,6 +28,7 @@ from scission.common.model.architecture import Architecture, Facts
 from scission.common.model.decoder import (
     Decoder,
     KeyValues,
+    ResidualLayer,
     attend_and_keep,
     key_value_layout,
 )
@@ -118,7 +118,7 @@ class Qwen3(Decoder):
         )
         super().__init__(
             embed,
-            [Layer(model.scope("layers", str(i)), config, heads, numerics) for i in range(layers)],
+            [_layer(model.scope("layers", str(i)), config, heads, numerics) for i in range(layers)],
             RMSNorm(model, "norm", d, config.rms_norm_eps),
             VocabParallelHead(w, "lm_head", vocab, d, ranks.tp, tied_to=embed if is_tied else None),
             {FULL: kind},
@@ -127,21 +127,14 @@ class Qwen3(Decoder):
         )
 
 
-class Layer:
-    """Attention, then the feed-forward layer, each on a normalised copy of the residual stream."""
-
-    def __init__(
-        self, w: Weights, config: Qwen3Config, heads: HeadSplit, numerics: Numerics
-    ) -> None:
-        d, eps = config.hidden_size, config.rms_norm_eps
-        self._attention_norm = RMSNorm(w, "input_layernorm", d, eps)
-        self._attention = Attention(w.scope("self_attn"), config, heads, numerics)
-        self._mlp_norm = RMSNorm(w, "post_attention_layernorm", d, eps)
-        self._mlp = GatedMLP(w.scope("mlp"), d, config.intermediate_size, heads.axis, numerics)
-
-    def __call__(self, x: Tensor, plan: KindPlan, state: KeyValues) -> Tensor:
-        x = x + self._attention(self._attention_norm(x), plan, state)
-        return x + self._mlp(self._mlp_norm(x))
+def _layer(w: Weights, config: Qwen3Config, heads: HeadSplit, numerics: Numerics) -> ResidualLayer:
+    d, eps = config.hidden_size, config.rms_norm_eps
+    return ResidualLayer(
+        RMSNorm(w, "input_layernorm", d, eps),
+        Attention(w.scope("self_attn"), config, heads, numerics),
+        RMSNorm(w, "post_attention_layernorm", d, eps),
+        GatedMLP(w.scope("mlp"), d, config.intermediate_size, heads.axis, numerics),
+    )
 
 
 class Attention:
@@ -151,31 +144,18 @@ class Attention:
         self, w: Weights, config: Qwen3Config, heads: HeadSplit, numerics: Numerics
     ) -> None:
         d, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        q_dim, kv_dim = heads.num_heads * head_dim, heads.num_kv_heads * head_dim
-        matrices = [
-            w.matrix("q_proj", q_dim, d, heads.queries(head_dim)),
-            w.matrix("k_proj", kv_dim, d, heads.keys(head_dim)),
-            w.matrix("v_proj", kv_dim, d, heads.keys(head_dim)),
-        ]
-        self._qkv = Linear(matrices, numerics, rounds_input=False)
-        self._widths = [matrix.out_features for matrix in matrices]
+        self._projections = HeadProjections(w, d, head_dim, heads, numerics)
         self._q_norm = RMSNorm(w, "q_norm", head_dim, eps)
         self._k_norm = RMSNorm(w, "k_norm", head_dim, eps)
-        out = w.matrix("o_proj", d, q_dim, heads.queries(head_dim, dim=1))
-        self._out = Linear([out], numerics, rounds_input=False)
-        self._axis = heads.axis
-        self._head_dim = head_dim
+        self._out = HeadsOutput(w, d, head_dim, heads, numerics)
+        self._scale = head_dim**-0.5
 
     def __call__(self, x: Tensor, plan: KindPlan, state: KeyValues) -> Tensor:
         """[num_tokens, d], normalised -> [num_tokens, d]."""
-        q, k, v = (
-            torch.unflatten(part, -1, (-1, self._head_dim))
-            for part in torch.split_with_sizes(self._qkv(x), self._widths, dim=-1)
-        )
+        q, k, v = self._projections(x)
         q = rotate_halves_(self._q_norm(q), plan.rotation)
         k = rotate_halves_(self._k_norm(k), plan.rotation)
-        o = attend_and_keep(q, k, v, plan, state, self._head_dim**-0.5)
-        return self._axis.reduce(self._out(o.flatten(1)))
+        return self._out(attend_and_keep(q, k, v, plan, state, self._scale))
 
 
 def cache_layout(config: Qwen3Config, numerics: Numerics, block_size: int) -> CacheLayout:
@@ -187,8 +167,8 @@ def _layout(
     config: Qwen3Config, num_kv_heads: int, numerics: Numerics, block_size: int
 ) -> CacheLayout:
     kinds = [FULL] * config.num_hidden_layers
-    heads = {FULL: num_kv_heads}
-    return key_value_layout(kinds, {FULL: None}, heads, config.head_dim, numerics, block_size)
+    rows = {FULL: (num_kv_heads, config.head_dim)}
+    return key_value_layout(kinds, {FULL: None}, rows, numerics, block_size)
 
 
 def _tensor_table(raw: Mapping[str, Any], stored: Stored) -> dict[str, TensorSpec]:

@@ -6,10 +6,12 @@ from typing import Any
 from scission.common.errors import CheckpointError
 from scission.common.model.architecture import Architecture
 from scission.common.model.deepseek_v4_architecture import DEEPSEEK_V4
+from scission.common.model.ministral3 import MINISTRAL3
 from scission.common.model.qwen3 import QWEN3
+from scission.common.model.step3p5 import STEP3P5
 
 ARCHITECTURES: Mapping[str, Architecture[Any]] = {
-    architecture.name: architecture for architecture in (DEEPSEEK_V4, QWEN3)
+    architecture.name: architecture for architecture in (DEEPSEEK_V4, MINISTRAL3, QWEN3, STEP3P5)
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scission.common.checkpoint.write_random import write_random_checkpoint
 from scission.common.model.load import LoadedModel
-from tests.dense_checkpoints import qwen3_config
+from tests.dense_checkpoints import ministral3_config, qwen3_config, step3p5_config
 from tests.one_process import OneProcess, load_exact
 from tests.parity.dense_reference import dense_reference
 
@@ -28,9 +28,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         tie_word_embeddings=True,
     ),
     "qwen3-yarn": qwen3_config(rope_scaling=YARN, num_hidden_layers=2),
+    "ministral3": ministral3_config(),
+    "ministral3-aligned-tied": ministral3_config(
+        hidden_size=256, head_dim=128, intermediate_size=384, tie_word_embeddings=True
+    ),
+    "step3p5": step3p5_config(),
+    "step3p5-aligned": step3p5_config(
+        hidden_size=256, moe_intermediate_size=384, share_expert_dim=128, intermediate_size=256
+    ),
+    "ministral3-sliding": ministral3_config(sliding_window=40, num_hidden_layers=2),
 }
-# around the borders of blocks of 128
-LENGTHS = (1, 3, 16, 127, 128, 129, 255, 256, 257, 391)
+# around the borders of blocks of 128, of windows and of trained contexts
+LENGTHS = (1, 3, 39, 40, 41, 63, 64, 65, 127, 128, 129, 255, 256, 257, 391)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

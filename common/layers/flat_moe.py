@@ -1,0 +1,122 @@
+"""Mixture of experts stored flat (one tensor for all experts), routed by sigmoid scores."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scission.common.checkpoint.weights import Weights
+from scission.common.layers.linear import axis_shard
+from scission.common.layers.mlp import GatedMLP
+from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
+from scission.common.parallel.ranks import Axis, Ranks
+from scission.kernels.gated_experts import route_sigmoid, run_gated_experts
+
+
+class SigmoidRouter:
+    """The top_k experts by score plus bias; fp32, whatever the gate is stored in."""
+
+    def __init__(
+        self,
+        w: Weights,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        scaling: float,
+        *,
+        has_bias: bool,
+    ) -> None:
+        shape = (num_experts, dim)
+        gate = w.tensor("gate.weight", shape, torch.bfloat16, or_dtype=torch.float32)
+        self._gate = gate.float()
+        self._bias = w.tensor("router_bias", (num_experts,), torch.float32) if has_bias else None
+        self._top_k = top_k
+        self._scaling = scaling
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[num_tokens, dim] -> experts [num_tokens, top_k] int64 and weights float32."""
+        logits = F.linear(x.float(), self._gate)
+        return route_sigmoid(logits, self._bias, self._top_k, self._scaling)
+
+
+class FlatExperts:
+    """`gate_proj`, `up_proj` and `down_proj` [experts, out, in].
+
+    Expert parallel by contiguous ranges of whole experts, or (with one expert rank) tensor parallel
+    by whole scale blocks of the inner dimension: an even split would cut blocks, and rows would be
+    read with a neighbour's scale.
+    """
+
+    def __init__(
+        self,
+        w: Weights,
+        num_experts: int,
+        dim: int,
+        inner: int,
+        ranks: Ranks,
+        numerics: Numerics,
+        limit: float | None,
+    ) -> None:
+        """
+        Args:
+            limit: of the activation; None: no clamp.
+        """
+        whole = axis_shard(ranks.ep, 0)
+        outputs = whole or axis_shard(ranks.tp, 1, LINEAR_BLOCK)
+        inputs = whole or axis_shard(ranks.tp, 2, LINEAR_BLOCK)
+        self._gate, self._up = (
+            w.flat_experts(name, num_experts, inner, dim, outputs)
+            for name in ("gate_proj", "up_proj")
+        )
+        self._down = w.flat_experts("down_proj", num_experts, dim, inner, inputs)
+        self._first, last = whole.bounds(num_experts) if whole else (0, num_experts)
+        self._num_local = last - self._first
+        self._limit = limit
+        self._dtype = numerics.dtype
+        # on the CPU the values are kept, elsewhere the codes
+        self._values = self._decode() if w.device.type == "cpu" else None
+
+    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """This rank's share of the sum, [num_tokens, dim] float32.
+
+        Args:
+            experts: [num_tokens, k] int64, of all ranks; `weights`: float32.
+        """
+        gate_up, down = self._values if self._values is not None else self._decode()
+        local = experts - self._first
+        is_mine = (local >= 0) & (local < self._num_local)
+        local = torch.where(is_mine, local, -1)
+        return run_gated_experts(x, local, weights, gate_up, down, self._limit)
+
+    def _decode(self) -> tuple[Tensor, Tensor]:
+        gate, up, down = (m.dequantize(self._dtype) for m in (self._gate, self._up, self._down))
+        return torch.cat([gate, up], dim=1), down
+
+
+class FlatMoE:
+    """Router, routed experts and a shared expert beside them, added once and reduced once."""
+
+    def __init__(
+        self, router: SigmoidRouter, experts: FlatExperts, shared: GatedMLP, ranks: Ranks
+    ) -> None:
+        """
+        Args:
+            shared: over `shared_axis(ranks)`.
+        """
+        self._router = router
+        self._experts = experts
+        self._shared = shared
+        self._ranks = ranks
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_tokens, dim] -> [num_tokens, dim]."""
+        routed = self._experts(x, *self._router(x))
+        shared = self._shared.partial(x).float()
+        if self._ranks.ep.size > 1:
+            # every rank has the whole shared expert: it counts once
+            return (self._ranks.ep.all_reduce(routed) + shared).to(x.dtype)
+        return self._ranks.tp.reduce(routed + shared).to(x.dtype)
+
+
+def shared_axis(ranks: Ranks) -> Axis:
+    """Over which ranks the shared expert is divided: not over those that hold whole experts."""
+    return Axis() if ranks.ep.size > 1 else ranks.tp
