@@ -64,10 +64,14 @@ class _Reader:
         end = self._end.find(text)
         if end is None:
             return NO_CALL if is_whole else None
+        written = text[self._start : end]
         try:
-            value = read_json(text[self._start : end])
+            value = read_json(written)
         except ValueError:
             return NO_CALL
-        entries = value if self._name is None else [{"name": self._name, "arguments": value}]
-        calls = [call for call in map(call_of, entries) if call is not None]
-        return Reading(tuple(calls), end) if len(calls) == len(entries) else NO_CALL
+        if self._name is not None:
+            call = call_of({"name": self._name, "arguments": value})
+            # the arguments go on as the model wrote them
+            return NO_CALL if call is None else Reading(({**call, "arguments": written},), end)
+        calls = [call for call in map(call_of, value) if call is not None]
+        return Reading(tuple(calls), end) if len(calls) == len(value) else NO_CALL

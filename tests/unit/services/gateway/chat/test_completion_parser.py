@@ -129,6 +129,14 @@ CASES: dict[str, tuple[str, Opening, str, Parsed]] = {
         *("mistral", "undecided", M.replace("[ARGS]", " ")),
         ("", "", [A]),
     ),
+    "mistral: arguments as they are written": (
+        *("mistral", "undecided", '[TOOL_CALLS]f[ARGS]{ "a":"\\u00fc",\n"b":1.0 }'),
+        ("", "", [("f", '{ "a":"\\u00fc",\n"b":1.0 }')]),
+    ),
+    "mistral: text behind": (
+        *("mistral", "undecided", f"{M} late"),
+        ("", "late", [A]),
+    ),
     "mistral: with an id": (
         *("mistral", "undecided", M.replace("[ARGS]", "[CALL_ID]abc123xyz[ARGS]")),
         ("", "", [A]),
