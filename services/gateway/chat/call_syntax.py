@@ -39,6 +39,11 @@ class CallSyntax(Protocol):
         ...
 
     @property
+    def markers(self) -> tuple[str, ...]:
+        """Texts that may be special tokens and are needed all the same."""
+        ...
+
+    @property
     def end(self) -> str:
         """The closing tag that may follow a call; empty: there is none."""
         ...

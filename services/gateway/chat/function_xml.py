@@ -44,6 +44,7 @@ _SHORT_CHARS = 1024
 class FunctionXmlCalls:
     starts = (START, FUNCTION)
     end = "</tool_call>"
+    markers = (START, end)
     drops_newlines = True
 
     def open(self, tools: Tools) -> "_Reader":

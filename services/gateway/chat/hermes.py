@@ -17,6 +17,7 @@ START = "<tool_call>"
 class HermesCalls:
     starts = (START,)
     end = "</tool_call>"
+    markers = (START, end)
     drops_newlines = True
 
     def open(self, tools: Tools) -> "_Reader":

@@ -17,7 +17,6 @@ from scission.services.gateway.chat.call_syntax import NO_CALL, Reading, Tools, 
 from scission.services.gateway.chat.json_text import JsonEnd, read_json
 
 START = "[TOOL_CALLS]"
-MARKERS = (START, "[ARGS]", "[CALL_ID]")
 _ID_CHARS = string.ascii_letters + string.digits
 
 # `regex` says of a text whether more of it could still match
@@ -35,6 +34,7 @@ _OPENING = regex.compile(
 
 class MistralCalls:
     starts = (START,)
+    markers = (START, "[ARGS]", "[CALL_ID]")
     end = ""
     drops_newlines = False
 

@@ -16,7 +16,6 @@ from scission.services.gateway.chat.format import (
     ToolResultPart,
 )
 from scission.services.gateway.chat.json_text import read_json
-from scission.services.gateway.chat.mistral import MARKERS as MISTRAL_MARKERS
 from scission.services.gateway.chat.template_files import ChatTemplates
 from scission.services.gateway.chat.template_process import TemplateRenderer
 from scission.services.gateway.tokenizer import Tokenizer
@@ -28,8 +27,8 @@ ARGUMENTS = frozenset(
         *("continue_final_message", "chat_template", "conversation", "tokenize"),
     }
 )
-# other spellings of the switch are the template's own affair: chat_template_kwargs passes them
 TEXT_PARTS = ("text", "input_text", "output_text")
+# other spellings of the switch are the template's own affair: chat_template_kwargs passes them
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 # set behind the final message to be continued, to find where the template adds something to it
 _END_MARK = "FINAL_MESSAGE_ENDS_HERE "  # the blank shows whether the template strips
@@ -59,7 +58,7 @@ class TemplateChatFormat:
         if style.thought is not None:
             markers += (style.thought.start, style.thought.end)
         if style.calls is not None:
-            markers += (*style.calls.starts, style.calls.end, *MISTRAL_MARKERS)
+            markers += style.calls.markers
         self.marker_token_ids = frozenset(ids[marker] for marker in markers if marker in ids)
         special = {text for text, i in ids.items() if i in tokenizer.special_ids}
         self._guard = MarkerGuard(special) if special else None
@@ -123,7 +122,7 @@ class TemplateChatFormat:
             return "content", False
         if continued is not None and continued != "content":
             return "reasoning", False
-        end = (text if text else prompt).rstrip()
+        end = (text or prompt).rstrip()
         if end.endswith(tags.start) or text.rfind(tags.start) > text.rfind(tags.end):
             return "reasoning", False
         return "content", not text and not end.endswith(tags.end)
