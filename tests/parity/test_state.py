@@ -7,16 +7,13 @@ import torch
 from torch import Tensor
 
 from scission.common.cache.layout import Component, Kind
-from scission.common.cache.storage import CacheStorage
 from scission.common.checkpoint.write_deepseek_v4 import write_random_deepseek_v4
 from scission.common.model.batch import SequenceChunk, Snapshot, build_batch
 from scission.common.model.load import LoadedModel
 from scission.kernels.quant import round_trip_fp4, round_trip_fp8
 from tests.one_process import CPU, OneProcess, OneSequence, load_deployed, load_exact
+from tests.parity.state_rows import assert_close, everything, hand_over, poison
 from tests.reference_checkpoint import tiny_config
-
-# fp32 sums in another order; measured 4e-5
-TOLERANCE = 2e-4
 
 # around every boundary: ratio 4, the window of 16, ratio 128, and twice that
 LENGTHS = (1, 3, 4, 5, 15, 16, 17, 127, 128, 129, 255, 256, 257)
@@ -54,9 +51,9 @@ def test_any_chunking_equals_one_shot(exact: LoadedModel, sizes: list[int]) -> N
         runner.step([(chunked, prompt[end - size : end])], logits="all")
         for size, end in zip(sizes, ends, strict=True)
     ]
-    _assert_close(torch.cat(parts), expected)
+    assert_close(torch.cat(parts), expected)
     for component in exact.layout.components:
-        _assert_close(_live(runner, component, chunked), _live(runner, component, whole))
+        assert_close(_live(runner, component, chunked), _live(runner, component, whole))
 
 
 def test_sequences_of_one_batch_do_not_see_each_other(exact: LoadedModel) -> None:
@@ -68,7 +65,7 @@ def test_sequences_of_one_batch_do_not_see_each_other(exact: LoadedModel) -> Non
 
     expected = [alone_runner.step([(s, p)]) for s, p in zip(alone, prompts, strict=True)]
     logits = together_runner.step(list(zip(together, prompts, strict=True)))
-    _assert_close(logits, torch.cat(expected))
+    assert_close(logits, torch.cat(expected))
 
     # a mix of single tokens and chunks, then single tokens, in another order
     for lengths in ((1, 5, 1, 130, 1, 2), (1,) * 6):
@@ -76,7 +73,7 @@ def test_sequences_of_one_batch_do_not_see_each_other(exact: LoadedModel) -> Non
         expected = [alone_runner.step([(s, t)]) for s, t in zip(alone, fed, strict=True)]
         reordered = list(zip(together, fed, strict=True))[::-1]
         logits = together_runner.step(reordered)
-        _assert_close(logits.flip(0), torch.cat(expected))
+        assert_close(logits.flip(0), torch.cat(expected))
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -86,13 +83,13 @@ def test_live_rows_alone_continue_bit_for_bit(
 ) -> None:
     loaded: LoadedModel = request.getfixturevalue(numerics)
     prefill, decode = OneProcess(loaded, max_seqs=2), OneProcess(loaded, max_seqs=2)
-    _poison(decode.storage)
+    poison(decode.storage)
     # other blocks and another slot than the sender's
     decode.new_sequence()
     source, target = prefill.new_sequence(), decode.new_sequence()
     prompt = _tokens(length)
     logits = prefill.prefill(source, prompt, chunk_size=max(1, length * 2 // 3))
-    _hand_over(prefill, source, decode, target)
+    hand_over(prefill, source, decode, target)
 
     num_tokens = 135 if length in (1, 127, 129) else 20
     theirs = decode.greedy([target], logits, num_tokens)
@@ -104,10 +101,10 @@ def test_live_rows_alone_continue_bit_for_bit(
 def test_chunks_after_a_hand_over_read_live_rows_only(exact: LoadedModel) -> None:
     """A new attempt feeds the forced tokens as one chunk."""
     prefill, decode = OneProcess(exact, max_seqs=1), OneProcess(exact, max_seqs=1)
-    _poison(decode.storage)
+    poison(decode.storage)
     source, target = prefill.new_sequence(), decode.new_sequence()
     prefill.step([(source, _tokens(261))])
-    _hand_over(prefill, source, decode, target)
+    hand_over(prefill, source, decode, target)
     forced = _tokens(150)
     ours, theirs = (
         runner.step([(sequence, forced)], logits="all")
@@ -140,7 +137,7 @@ def test_padding_changes_nothing(exact: LoadedModel, length: int) -> None:
             for s, start in zip(sequences, (130, 3), strict=True)
         ]
         padding = SequenceChunk([0], start=-1, block_ids=[0], slot=0, logits="none")
-        before = _everything(runner.storage)
+        before = everything(runner.storage)
         results.append(
             exact.model.forward(
                 build_batch([*chunks, *[padding] * num_padding], CPU), runner.storage
@@ -148,17 +145,17 @@ def test_padding_changes_nothing(exact: LoadedModel, length: int) -> None:
         )
         for sequence in sequences:
             sequence.token_ids.extend(_ramp(length))
-        states.append(_everything(runner.storage))
+        states.append(everything(runner.storage))
         assert any(not torch.equal(a, b) for a, b in zip(before, states[-1], strict=True))
-    _assert_close(results[1], results[0])
+    assert_close(results[1], results[0])
     for padded, plain in zip(states[1], states[0], strict=True):
-        _assert_close(padded, plain)
+        assert_close(padded, plain)
 
 
 @torch.inference_mode()
 def test_padded_rows_of_poisoned_scratch_stay_harmless(exact: LoadedModel) -> None:
     runner = OneProcess(exact, max_seqs=1)
-    _poison(runner.storage)
+    poison(runner.storage)
     sequence = runner.new_sequence()
     padding = SequenceChunk([0], start=-1, block_ids=[0], slot=0)
     for start, length in ((0, 20), (20, 1)):
@@ -189,7 +186,7 @@ def test_snapshot_holds_the_state_at_its_end(exact: LoadedModel, end: int) -> No
     runner.storage.copy_slot(snapshot.slot, resumed.slot)
     resumed.block_ids[:num_shared] = sequence.block_ids[:num_shared]
     resumed.token_ids = prompt[:end]
-    _assert_close(runner.step([(resumed, prompt[end:])]), expected)
+    assert_close(runner.step([(resumed, prompt[end:])]), expected)
 
 
 @pytest.mark.parametrize("size", [140, 1], ids=["one chunk", "single tokens"])
@@ -223,16 +220,6 @@ def _ramp(count: int) -> list[int]:
     return [(7 * i + 3) % 320 for i in range(count)]
 
 
-def _poison(storage: CacheStorage) -> None:
-    for tensor in (*storage.paged.values(), *storage.slots.values()):
-        tensor.fill_(float("nan"))
-
-
-def _everything(storage: CacheStorage) -> list[Tensor]:
-    """All state but scratch."""
-    return [t[:, 1:].clone() for t in (*storage.paged.values(), *storage.slots.values())]
-
-
 def _live(runner: OneProcess, component: Component, sequence: OneSequence) -> Tensor:
     """[layers, rows, width]: what a hand-off ships of one component."""
     rows = component.shipped_rows(len(sequence.token_ids))
@@ -244,23 +231,3 @@ def _live(runner: OneProcess, component: Component, sequence: OneSequence) -> Te
         live = live.clone()
         live[:, : live.shape[1] - num_tail, live.shape[2] // 2 :] = 0
     return live
-
-
-def _hand_over(
-    prefill: OneProcess, source: OneSequence, decode: OneProcess, target: OneSequence
-) -> None:
-    """Copy the live rows, and nothing else, as the transfer does."""
-    num_tokens = len(source.token_ids)
-    for component in prefill.loaded.layout.components:
-        rows = component.shipped_rows(num_tokens)
-        layers = (0, len(component.layers))
-        data = torch.empty(layers[1], rows[1] - rows[0], component.row_bytes, dtype=torch.uint8)
-        there = prefill.storage.row_index(component, rows, source.block_ids, source.slot)
-        here = decode.storage.row_index(component, rows, target.block_ids, target.slot)
-        prefill.storage.gather(component, layers, there, data)
-        decode.storage.scatter(component, layers, here, data)
-    target.token_ids = list(source.token_ids)
-
-
-def _assert_close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=TOLERANCE, equal_nan=False)
