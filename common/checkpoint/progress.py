@@ -8,6 +8,9 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
+# a smaller load is over before its tenths could be read: it says when it is done
+WATCHED_BYTES = 1 << 30
+
 
 class LoadProgress:
     """Counts the checkpoint's bytes as they are taken; reports bytes per second."""
@@ -32,7 +35,9 @@ class LoadProgress:
         if self._bar is not None:
             self._bar.update(taken_bytes)
             return
-        tenths = 10 * self._taken_bytes // max(self._total_bytes, 1)
+        if self._total_bytes < WATCHED_BYTES:
+            return
+        tenths = 10 * self._taken_bytes // self._total_bytes
         if self._tenths < tenths < 10:
             self._tenths = tenths
             logger.info("%s: %d %%, %s", self._label, 10 * tenths, self._rate())
