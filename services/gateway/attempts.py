@@ -576,7 +576,13 @@ class RequestRun:
                 token_ids = [*token_ids, *self._delivery.forced()[0]]
             else:
                 needs_decode = num_left > 0
-        return Demand(token_ids, self.request.cache_salt, num_left, needs_decode)
+        return Demand(
+            token_ids,
+            self.request.cache_salt,
+            num_left,
+            needs_decode,
+            num_choices=max(1, len(self._delivery.unfinished)),
+        )
 
     @staticmethod
     def _disarm(timer: asyncio.TimerHandle | None) -> None:

@@ -13,6 +13,7 @@ from scission.common.config import RoutingOptions
 from scission.common.errors import (
     CapacityError,
     ContextLengthError,
+    RequestError,
     UnavailableError,
 )
 from scission.common.metrics import GatewayMetrics
@@ -32,6 +33,7 @@ class Demand:
     cache_salt: str
     max_tokens: int  # still to come, of one choice
     needs_decode: bool
+    num_choices: int = 1  # not finished yet
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -70,7 +72,7 @@ class Router:
         Raises:
             UnavailableError: there is no pair, whoever is avoided.
             CapacityError: there are pairs, but every one has an avoided worker.
-            ContextLengthError: there are pairs, but the request can never fit any.
+            RequestError: there are pairs, but the request can never fit any.
         """
         prefills = self._registry.available(Role.PREFILL)
         decodes = self._registry.available(Role.DECODE)
@@ -183,11 +185,20 @@ def _that_fit(workers: Sequence[Worker], demand: Demand) -> list[Worker]:
     """Those in whose cache the request could run if it were alone.
 
     Raises:
-        ContextLengthError: there is none.
+        ContextLengthError: there is none, not even for one choice.
+        RequestError: one choice would fit, but not all of them beside each other.
     """
-    fitting = [worker for worker in workers if _fits(worker, demand)]
+    able = [worker for worker in workers if _fits(worker, demand)]
+    fitting = [w for w in able if w.role is Role.PREFILL or _fits_all_choices(w, demand)]
     if fitting:
         return fitting
+    if able:
+        raise RequestError(
+            f"{demand.num_choices} choices of {demand.num_tokens} tokens "
+            f"({demand.num_prefill_tokens} in the prompt) are more than the server's workers can "
+            f"run at a time. Please reduce n or max_tokens.",
+            param="n",
+        )
     room = max(_capacity_tokens(worker) for worker in workers)
     raise ContextLengthError(
         f"The request needs room for {demand.num_tokens} tokens "
@@ -209,3 +220,21 @@ def _fits(worker: Worker, demand: Demand) -> bool:
     if worker.role is Role.PREFILL:
         return demand.num_prefill_tokens <= capacity
     return demand.num_tokens <= capacity
+
+
+def _fits_all_choices(decode: Worker, demand: Demand) -> bool:
+    """The choices of a request run side by side: full blocks of the prompt are shared, all others
+    are each choice's own.
+    """
+    description = decode.description
+    if demand.num_choices == 1:
+        return True
+    if description.max_num_seqs and demand.num_choices > description.max_num_seqs:
+        return False
+    if not description.num_blocks or not description.block_size:
+        return True
+    num_shared = demand.num_prefill_tokens // description.block_size
+    # The last token is drawn, but its state is never needed.
+    num_blocks = -(-(demand.num_tokens - 1) // description.block_size)
+    needed = num_shared + demand.num_choices * (num_blocks - num_shared)
+    return needed <= description.num_blocks

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 import pytest
 
 from scission.common.config import RoutingOptions, RoutingPolicy
-from scission.common.errors import CapacityError, ContextLengthError, UnavailableError
+from scission.common.errors import CapacityError, ContextLengthError, RequestError, UnavailableError
 from scission.common.metrics import GatewayMetrics, Metrics
 from scission.common.prefix_hash import block_hashes
 from scission.common.types import Role
@@ -176,6 +176,23 @@ def test_workers_too_small_for_a_request_are_left_out() -> None:
     assert router.pick(demand(PROMPT, max_tokens=20)).decode is large
     with pytest.raises(ContextLengthError, match="80"):
         router.pick(demand(PROMPT, max_tokens=41))
+
+
+def test_choices_that_could_never_run_side_by_side_are_refused_before_anything_runs() -> None:
+    decode = worker(D, "d", num_blocks=25)
+    router, _ = make(worker(P, "p"), decode)
+
+    def choices(n: int, max_tokens: int) -> Demand:
+        return Demand(PROMPT, "", max_tokens, needs_decode=True, num_choices=n)
+
+    # 10 blocks of the prompt are shared, each choice has 5 of its own; the last token needs none
+    assert router.pick(choices(3, max_tokens=21)).decode is decode
+    with pytest.raises(RequestError, match="3 choices of 62 tokens") as refused:
+        router.pick(choices(3, max_tokens=22))
+    assert refused.value.param == "n"
+    with pytest.raises(RequestError, match="Please reduce n"):
+        router.pick(choices(9, max_tokens=2))  # it runs 8 sequences
+    assert router.pick(choices(8, max_tokens=2)).decode is decode
 
 
 def test_removed_prefixes_match_no_more() -> None:
