@@ -1,6 +1,7 @@
 # `make up` and `make test` each do all of their set-up. PYTHON and CONSTRAINTS: see scripts/make_venv.sh.
 PYTHON ?=
-CONSTRAINTS ?= requirements/cpu.txt
+# a machine with a GPU takes pip's own build of torch, or keeps the one it has
+CONSTRAINTS ?= $(if $(wildcard /dev/nvidia0 /dev/kfd),,requirements/cpu.txt)
 ARGS ?=
 export PYTHON CONSTRAINTS
 
