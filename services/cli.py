@@ -34,6 +34,9 @@ STANDS_ON = (
     "pydantic",
 )
 
+# what the extra `worker` brings and a gateway's installation lacks, as it is imported
+WORKER_MODULES = ("torch", "triton", "transformers", "safetensors", "numpy", "zmq")
+
 T = TypeVar("T")
 
 # name -> module whose `command` it is
@@ -88,7 +91,17 @@ def make_command() -> click.Command:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
-    make_command().main(args=arguments, prog_name="scission")
+    try:
+        make_command().main(args=arguments, prog_name="scission")
+    except ModuleNotFoundError as error:
+        if error.name not in WORKER_MODULES:
+            raise
+        click.echo(
+            f"scission: this command needs {error.name}; only the gateway's packages are installed"
+            " here (the extra `worker` brings the others: pip install 'scission[worker]')",
+            err=True,
+        )
+        sys.exit(1)
 
 
 def versions() -> dict[str, str]:

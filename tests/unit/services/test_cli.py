@@ -60,6 +60,25 @@ def test_inspect_of_no_checkpoint_is_one_line_and_status_1() -> None:
     assert len(result.output.splitlines()) == 1
 
 
+def test_without_the_workers_packages_a_command_says_what_it_lacks() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from scission.services.cli import main\n"
+        "main(['inspect', '/no/such/folder'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": "src"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "needs torch" in done.stderr and "scission[worker]" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_serve_refuses_a_taken_port_before_it_starts_anything() -> None:
     from scission.common.ports import listen
 
