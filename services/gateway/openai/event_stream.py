@@ -101,25 +101,35 @@ class EventStream(StreamingResponse):
                 await response_of(error)(scope, receive, send)
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        failure: Exception | None = None
         keep_alive = asyncio.create_task(self._keep_alive(send))
         try:
             async with aclosing(self._events):
                 async for chunk in self._events:
                     await self._write(send, chunk)
         except Exception as error:
-            self._on_error(error)
-            if isinstance(error, ScissionError):
-                logger.warning("request_id=%s stream failed: %s", self._request_id, error.message)
-            else:
-                logger.exception("request_id=%s stream failed", self._request_id)
-            if not self._is_started:
-                await response_of(error)(scope, receive, send)
-                return
-            await self._write(send, b"data: " + body_of(error) + b"\n\n" + DONE)
+            failure = error
         finally:
             keep_alive.cancel()
             await asyncio.gather(keep_alive, return_exceptions=True)
+        # What ends the response comes last of all: to the server a client whose response is
+        # complete has gone.
+        if failure is not None:
+            self._tell(failure)
+            if not self._is_started:
+                self._is_started = True
+                await response_of(failure)(scope, receive, send)
+                return
+            await self._write(send, b"data: " + body_of(failure) + b"\n\n" + DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _tell(self, error: Exception) -> None:
+        """Count and log what ended the stream; refusals of the request are no news."""
+        self._on_error(error)
+        if not isinstance(error, ScissionError):
+            logger.error("request_id=%s stream failed", self._request_id, exc_info=error)
+        elif self._is_started or error.http_status >= 500:
+            logger.warning("request_id=%s stream failed: %s", self._request_id, error.message)
 
     async def _write(self, send: Send, chunk: bytes) -> None:
         async with self._lock:
