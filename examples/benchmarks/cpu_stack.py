@@ -109,12 +109,12 @@ def compare(
     ours: list[Rate] = []
     by_threads: dict[int, list[Rate]] = {n: [] for n in range(1, arguments.cores + 1)}
     for _ in range(arguments.rounds):
-        ours.append(asyncio.run(stream_all(url, prompts, arguments.new_tokens)))
+        ours.append(rate(url, prompts, arguments.new_tokens))
         for threads, rates in by_threads.items():
             rates.append(generate(reference, prompts, arguments.new_tokens, threads))
     best_threads, theirs = max(
         by_threads.items(),
-        key=lambda item: statistics.median(rate.decode_tokens_per_s for rate in item[1]),
+        key=lambda item: statistics.median(one.decode_tokens_per_s for one in item[1]),
     )
     ratios = [
         a.decode_tokens_per_s / b.decode_tokens_per_s for a, b in zip(ours, theirs, strict=True)
@@ -125,26 +125,32 @@ def compare(
     return {
         "requests": len(prompts),
         "transformers_threads": best_threads,
-        "scission_tokens_per_s": _spread([rate.decode_tokens_per_s for rate in ours]),
-        "transformers_tokens_per_s": _spread([rate.decode_tokens_per_s for rate in theirs]),
+        "scission_tokens_per_s": _spread([one.decode_tokens_per_s for one in ours]),
+        "transformers_tokens_per_s": _spread([one.decode_tokens_per_s for one in theirs]),
         "ratio": _spread(ratios),
         "ratio_with_prompts": _spread(totals),
         # deployed numerics round activations, so other tokens are right there
-        "same_tokens": all(rate.token_ids == list(alone) for rate in ours)
+        "same_tokens": all(one.token_ids == list(alone) for one in ours)
         if arguments.numerics == "exact"
         else None,
     }
 
 
-async def stream_all(url: str, prompts: Sequence[list[int]], new_tokens: int) -> Rate:
-    """All prompts at once, each as a stream of its own."""
+async def stream_all(
+    url: str, prompts: Sequence[list[int]], new_tokens: int
+) -> list[list[tuple[float, int]]]:
+    """All prompts at once, each as a stream of its own: when each token came, and which."""
     limits = httpx.Limits(max_connections=len(prompts))
     async with httpx.AsyncClient(timeout=600.0, limits=limits) as client:
-        started = time.perf_counter()
-        streams = await asyncio.gather(
+        return await asyncio.gather(
             *(_stream(client, url, prompt, new_tokens) for prompt in prompts)
         )
-    # [(when, token), ...] of each stream; the window in which all of them decode
+
+
+def rate(url: str, prompts: Sequence[list[int]], new_tokens: int) -> Rate:
+    """Our side of one round."""
+    started = time.perf_counter()
+    streams = asyncio.run(stream_all(url, prompts, new_tokens))
     begin = max(times[0][0] for times in streams)
     end = min(times[-1][0] for times in streams)
     if end <= begin:
