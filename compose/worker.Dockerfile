@@ -26,6 +26,11 @@ COPY . .
 RUN /venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 FROM ${BASE}
+# Debian's; Triton wants a C compiler where the model runs
+ARG PACKAGES=
+RUN test -z "$PACKAGES" || { apt-get update --quiet=2 \
+    && apt-get install --yes --quiet=2 --no-install-recommends $PACKAGES \
+    && rm -rf /var/lib/apt/lists/*; }
 # the gateway image makes the same user and folders: they share volumes
 RUN useradd --uid 10001 --create-home scission \
     && mkdir /cache /model /keys \
@@ -38,7 +43,7 @@ RUN /venv/bin/python -m pip install --quiet --no-index --no-deps --compile /tmp/
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER scission
 WORKDIR /home/scission
-ENV XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface
+ENV XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface TRITON_CACHE_DIR=/cache/triton
 
 EXPOSE 8011 8012 8013
 HEALTHCHECK --interval=5s --timeout=4s --start-period=120s --retries=6 \
