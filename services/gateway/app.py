@@ -80,11 +80,15 @@ def create_app(deps: AppDependencies, **fastapi_options: Any) -> FastAPI:
 def _make_status_router(deps: AppDependencies) -> APIRouter:
     router = APIRouter(tags=["status"])
 
+    # HEAD, too: that is what some load balancers probe with.
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> Response:
         """Liveness: the process answers."""
         return _json({"status": "ok"})
 
+    @router.head("/ready", include_in_schema=False)
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/ready")
     @router.get("/readyz", include_in_schema=False)
     async def ready() -> Response:

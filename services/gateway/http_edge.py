@@ -14,12 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scission.common.errors import PayloadTooLargeError
 from scission.common.metrics import HttpMetrics
-from scission.services.gateway.openai.context import CALLER_KEY, Caller
+from scission.services.gateway.openai.context import CALLER_KEY, Caller, is_fit_for_log
 from scission.services.gateway.openai.errors import response_of
 
 logger = logging.getLogger(__name__)
 
-MAX_REQUEST_ID_CHARS = 128
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 QUIET_PATHS = frozenset({"/health", "/ready", "/readyz", "/ping", "/metrics", "/load"})
 
@@ -105,6 +104,6 @@ def path_template(scope: Scope) -> str:
 
 def _request_id(given: str | None) -> str:
     """The caller's id if it is fit for a log line, else a fresh one."""
-    if given and len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable():
+    if given and is_fit_for_log(given):
         return given
     return uuid.uuid4().hex

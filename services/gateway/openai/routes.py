@@ -8,7 +8,12 @@ from fastapi import APIRouter, Request, Response
 from scission.common.errors import ScissionError
 from scission.services.gateway.openai.chat import ChatJob
 from scission.services.gateway.openai.completions import CompletionJob
-from scission.services.gateway.openai.context import CALLER_KEY, Caller, ServingContext
+from scission.services.gateway.openai.context import (
+    CALLER_KEY,
+    Caller,
+    ServingContext,
+    is_fit_for_log,
+)
 from scission.services.gateway.openai.conversation import read_conversation
 from scission.services.gateway.openai.event_stream import EventStream, while_connected
 from scission.services.gateway.openai.fields import check_other_fields
@@ -120,11 +125,12 @@ def make_openai_router(context: ServingContext) -> APIRouter:
 
 
 def _caller(request: Request, body: GenerationBody) -> Caller:
-    """Who asks: the edge's note; a request_id in the body counts where there is no header."""
+    """Who asks: the edge's note; a fit request_id in the body counts where there is no header."""
     caller: Caller = request.scope[CALLER_KEY]
-    if body.request_id and "x-request-id" not in request.headers:
-        return Caller(caller.arrival, body.request_id)
-    return caller
+    given = body.request_id
+    if given is None or "x-request-id" in request.headers or not is_fit_for_log(given):
+        return caller
+    return Caller(caller.arrival, given)
 
 
 def _json(body: bytes) -> Response:

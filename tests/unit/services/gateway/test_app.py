@@ -216,6 +216,22 @@ async def test_request_ids_are_echoed_or_made() -> None:
     assert len(made.headers["x-request-id"]) == len(bad.headers["x-request-id"]) == 32
 
 
+@pytest.mark.parametrize("bad", ["two\nlines", "x" * 200, "é", ""])
+async def test_a_request_id_in_the_body_cannot_write_lines_of_its_own_into_logs(bad: str) -> None:
+    engine = FakeEngine()
+    async with make_client(make_app(engine)) as client:
+        response = await client.post("/v1/completions", json={**TEXT, "request_id": bad})
+    (request,) = engine.requests
+    assert request.external_id == response.headers["x-request-id"] != bad
+
+
+async def test_probes_may_ask_by_head() -> None:
+    async with make_client(make_app(FakeEngine())) as client:
+        for path in ("/health", "/ready", "/readyz"):
+            response = await client.head(path)
+            assert (response.status_code, response.content) == (200, b"")
+
+
 async def test_cors_is_closed_by_default() -> None:
     headers = {"Origin": "http://page"}
     async with make_client(make_app(FakeEngine())) as client:
