@@ -96,7 +96,11 @@ class _Gateway:
                 cluster_pb2.DeregisterRequest(worker_id=worker_id), timeout=timeout_s
             )
         except grpc.aio.AioRpcError as error:
-            logger.info(
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                # as when a whole stack ends: gateways go first
+                logger.info("gateway has gone before us", extra={"gateway": self.address})
+                return
+            logger.warning(
                 "gateway was not told of our end: %s",
                 error.details() or error.code().name,
                 extra={"gateway": self.address},
