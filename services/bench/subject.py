@@ -77,16 +77,19 @@ def cut_layers(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     Raises:
         ConfigError: the model has fewer layers.
     """
+    if "text_config" in config:
+        return {**config, "text_config": cut_layers(config["text_config"], num_layers)}
     whole = config["num_hidden_layers"]
     if not 0 < num_layers <= whole:
         raise ConfigError(f"--layers is {num_layers}; the model has {whole}")
-    return {
-        **config,
-        "num_hidden_layers": num_layers,
-        "num_nextn_predict_layers": 0,
-        "compress_ratios": config["compress_ratios"][:num_layers],
-        "num_hash_layers": min(config["num_hash_layers"], num_layers),
-    }
+    cut = {**config, "num_hidden_layers": num_layers}
+    if "num_nextn_predict_layers" in config:
+        cut["num_nextn_predict_layers"] = 0
+    # other models' lists may go on behind their last layer
+    if "compress_ratios" in config:
+        cut["compress_ratios"] = config["compress_ratios"][:num_layers]
+        cut["num_hash_layers"] = min(config["num_hash_layers"], num_layers)
+    return cut
 
 
 class Sequences:

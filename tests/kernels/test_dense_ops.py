@@ -103,6 +103,17 @@ def test_experts_add_up_and_absent_ones_add_nothing(num_tokens: int, limit: floa
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_zeros_that_pad_gate_up_and_down_change_nothing() -> None:
+    """Each half of (gate | up) is padded for itself: at the end of both, gate meets up."""
+    x, experts, weights = torch.randn(5, 6), torch.randint(0, 3, (5, 2)), torch.rand(5, 2)
+    gate, up, down = torch.randn(3, 5, 6), torch.randn(3, 5, 6), torch.randn(3, 6, 5)
+    expected = run_gated_experts(x, experts, weights, torch.cat([gate, up], 1), down, 0.5)
+    gate, up = (F.pad(part, (0, 0, 0, 3)) for part in (gate, up))
+    padded = torch.cat([gate, up], 1)
+    ours = run_gated_experts(x, experts, weights, padded, F.pad(down, (0, 3)), 0.5)
+    torch.testing.assert_close(ours, expected)
+
+
 def _check(
     sequences: list[tuple[int, int, int]],
     heads: tuple[int, int],

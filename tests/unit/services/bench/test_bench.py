@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from scission.common.errors import ConfigError
 from scission.common.layers.numerics import Numerics
 from scission.common.model.config import parse_config
 from scission.common.model.deepseek_v4 import cache_layout
+from scission.common.model.registry import find_architecture
 from scission.services.bench.decode import command as bench_decode
 from scission.services.bench.floor import (
     DeviceRates,
@@ -23,6 +25,7 @@ from scission.services.bench.floor import (
 )
 from scission.services.bench.prefill import command as bench_prefill
 from scission.services.bench.subject import cut_layers
+from tests.published_dense import MINISTRAL3_8B, QWEN3_8B, STEP3P5_FLASH
 from tests.reference_checkpoint import published_config, tiny_config
 
 
@@ -94,6 +97,20 @@ def test_a_cut_model_keeps_its_first_layers() -> None:
     assert config.num_nextn_predict_layers == 0
     with pytest.raises(ConfigError, match="the model has 43"):
         cut_layers(published_config("flash"), 44)
+
+
+@pytest.mark.parametrize(
+    "config", [QWEN3_8B, MINISTRAL3_8B, STEP3P5_FLASH], ids=lambda config: config["model_type"]
+)
+def test_dense_models_are_cut_to_their_first_layers(config: dict[str, Any]) -> None:
+    cut = cut_layers(config, 5)
+    architecture = find_architecture(cut)
+    table = architecture.table(cut, {})
+    assert {int(n.split("layers.")[1].split(".")[0]) for n in table if "layers." in n} == set(
+        range(5)
+    )
+    with pytest.raises(ConfigError, match="--layers is 100"):
+        cut_layers(config, 100)
 
 
 def test_decode_reports_times_and_no_floor_on_a_cpu(checkpoint: Path, tmp_path: Path) -> None:
