@@ -242,8 +242,9 @@ class Supervisor:
 
 
 def _command(role: Role, settings: Settings) -> tuple[str, ...]:
-    module = f"scission.services.{role}"
-    return (sys.executable, "-m", module, f"--parent-pid={os.getpid()}", *settings.to_flags())
+    # -P: a folder of our name where the user stands, such as a clone, is not what is imported
+    python = (sys.executable, "-P", "-m", f"scission.services.{role}")
+    return (*python, f"--parent-pid={os.getpid()}", *settings.to_flags())
 
 
 def _fill_in(settings: Settings) -> Settings:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
@@ -228,3 +229,17 @@ def test_workers_share_gpus_and_their_memory(monkeypatch: pytest.MonkeyPatch) ->
     devices = [worker.environment["CUDA_VISIBLE_DEVICES"] for worker in workers]
     assert devices == ["0", "1", "0", "1"]
     assert all("--gpu-memory-utilization=0.45" in worker.command for worker in workers)
+
+
+def test_children_import_the_package_and_not_a_folder_of_its_name(
+    stack: Settings, tmp_path: Path
+) -> None:
+    decoy = tmp_path / "scission/services/decode/__main__.py"
+    decoy.parent.mkdir(parents=True)
+    decoy.write_text("print('decoy')")
+    decoy.with_name("__init__.py").touch()
+    decode = plan_children(stack, num_gpus=0)[-1]
+    done = subprocess.run(
+        [*decode.command, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.startswith("Usage: "), done.stderr
