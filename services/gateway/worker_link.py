@@ -22,7 +22,6 @@ from scission.protos import cluster_pb2, inference_pb2, inference_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-CALL_TIMEOUT_S = 10.0  # a submission waits for the engine's current step, at most so long
 CANCEL_TIMEOUT_S = 2.0
 MAX_CANCEL_TRIES = 3
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0  # between two attempts to open the stream
@@ -121,6 +120,9 @@ class WorkerLink:
     ) -> inference_pb2.SubmitReply:
         """Hand a request to the engine; returns once it has accepted.
 
+        That may take as long as the engine's current step, bounded by the request's deadline alone:
+        on a CPU a step may take many seconds, and a worker that is dead is found by its silence.
+
         Raises:
             ScissionError: it has not: CapacityError, UnavailableError, DeadlineError, ...
         """
@@ -165,7 +167,7 @@ class WorkerLink:
         | inference_pb2.DecodeRequest
         | inference_pb2.RedirectRequest,
     ) -> inference_pb2.SubmitReply:
-        timeout_s = min(CALL_TIMEOUT_S, max(0.001, request.remaining_ms / 1000))
+        timeout_s = max(0.001, request.remaining_ms / 1000)
         sent_at = self._clock()
         try:
             reply: inference_pb2.SubmitReply = await method(request, timeout=timeout_s)
