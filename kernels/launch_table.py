@@ -1,0 +1,167 @@
+"""Every Triton kernel with every signature it is launched with, one table for all targets.
+
+What is cross-compiled and checked without the hardware is what stands here; the tiles come from the
+functions that the launchers themselves pick from.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scission.kernels.linear import block_fp8, quantize_input
+from scission.kernels.moe import group_rows, grouped_fp4
+from scission.kernels.target import Target
+
+# Triton's default
+_NUM_WARPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One specialisation of one kernel.
+
+    types: of the run-time arguments in order, in Triton's words; a trailing ":16" says that the
+    value (of a pointer, always) is a multiple of 16. constants: the constexpr arguments.
+    """
+
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = _NUM_WARPS
+
+    @property
+    def name(self) -> str:
+        values = "-".join(f"{name.lower()}={value}" for name, value in self.constants.items())
+        inputs = self.types.get("x_ptr", "").removeprefix("*")
+        return "-".join(filter(None, (self.kernel.__name__, inputs, values)))
+
+
+def launches(target: Target) -> Iterator[Launch]:
+    """All of one target's."""
+    yield from _linear(target)
+    yield from _experts(target)
+
+
+def _linear(target: Target) -> Iterator[Launch]:
+    yield Launch(
+        quantize_input.quantize_input_kernel,
+        {
+            "x_ptr": "*bf16",
+            "codes_ptr": "*fp8e4nv",
+            "scales_ptr": "*fp32",
+            "num_blocks": "i32:16",
+            "stride_x_row": "i32:16",
+        },
+        {"BLOCKS": quantize_input.BLOCKS},
+        quantize_input.NUM_WARPS,
+    )
+    for tile in block_fp8.tiles(target):
+        for is_quantized in (True, False):
+            # whole sums are stored as bf16, partial ones as fp32
+            for out_type in ("*bf16", "*fp32"):
+                yield Launch(
+                    block_fp8.block_fp8_kernel,
+                    {
+                        "x_ptr": "*fp8e4nv" if is_quantized else "*bf16",
+                        "x_scales_ptr": "*fp32",
+                        "codes_ptr": "*fp8e4nv",
+                        "scales_ptr": "*fp32",
+                        "out_ptr": out_type,
+                        "num_rows": "i32",
+                        "out_features": "i32:16",
+                        "num_blocks": "i32:16",
+                        "blocks_per_split": "i32",
+                        "stride_x_row": "i32:16",
+                    },
+                    {
+                        "BLOCK_N": tile.block_n,
+                        "BLOCK_M": tile.block_m,
+                        "IS_QUANTIZED": is_quantized,
+                        "DOT_TYPE": block_fp8.dot_type(target, is_quantized=is_quantized),
+                        "NUM_STAGES": tile.num_stages,
+                    },
+                    tile.num_warps,
+                )
+    yield Launch(
+        block_fp8.reduce_splits_kernel,
+        {"partials_ptr": "*fp32", "out_ptr": "*bf16", "num_values": "i32:16", "split": "i32"},
+        {"BLOCK": block_fp8.REDUCE_BLOCK},
+    )
+
+
+def _experts(target: Target) -> Iterator[Launch]:
+    for tile in grouped_fp4.tiles(target):
+        for num_experts in (64, 256):
+            yield Launch(
+                group_rows.group_rows_kernel,
+                {
+                    "sorted_ptr": "*i64",
+                    "pairs_ptr": "*i64",
+                    "block_experts_ptr": "*i32",
+                    "block_rows_ptr": "*i32",
+                    "rows_ptr": "*i32",
+                    "num_pairs": "i32",
+                    "num_experts": "i32:16",
+                    "num_steps": "i32",
+                },
+                {"BLOCK_M": tile.block_m, "BLOCK_E": group_rows.expert_lanes(num_experts)},
+                group_rows.NUM_WARPS,
+            )
+        for has_pairs in (True, False):
+            for out_type in ("*bf16", "*fp32"):
+                yield Launch(
+                    grouped_fp4.grouped_fp4_kernel,
+                    {
+                        "x_ptr": "*fp8e4nv",
+                        "x_scales_ptr": "*fp32",
+                        "codes_ptr": "*u8",
+                        "scales_ptr": "*i32",
+                        "block_experts_ptr": "*i32",
+                        "block_rows_ptr": "*i32",
+                        "pairs_ptr": "*i64",
+                        "out_ptr": out_type,
+                        "num_rows": "i32",
+                        "out_features": "i32:16",
+                        "num_blocks": "i32:16",
+                        "blocks_per_split": "i32",
+                        "rows_per_x": "i32",
+                    },
+                    {
+                        "BLOCK_N": tile.block_n,
+                        "BLOCK_M": tile.block_m,
+                        "HAS_PAIRS": has_pairs,
+                        "DOT_TYPE": block_fp8.dot_type(target, is_quantized=True),
+                        "HAS_PTX": target.has_ptx,
+                        "NUM_STAGES": tile.num_stages,
+                    },
+                    tile.num_warps,
+                )
+    for partials_type in ("*bf16", "*fp32"):
+        yield Launch(
+            grouped_fp4.activate_kernel,
+            {
+                "partials_ptr": partials_type,
+                "pairs_ptr": "*i64",
+                "weights_ptr": "*fp32",
+                "codes_ptr": "*fp8e4nv",
+                "scales_ptr": "*fp32",
+                "num_rows": "i32",
+                "num_blocks": "i32:16",
+                "split": "i32",
+                "limit": "fp32",
+            },
+            {"BLOCKS": grouped_fp4.ACTIVATE_BLOCKS},
+        )
+        yield Launch(
+            grouped_fp4.combine_kernel,
+            {
+                "partials_ptr": partials_type,
+                "rows_ptr": "*i32",
+                "out_ptr": "*fp32",
+                "num_rows": "i32",
+                "width": "i32:16",
+                "top_k": "i32",
+                "split": "i32",
+            },
+            {"BLOCK": grouped_fp4.COMBINE_BLOCK},
+        )
