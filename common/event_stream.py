@@ -15,8 +15,8 @@ from scission.protos import inference_pb2
 
 
 class EventStream:
-    """One gateway's stream. `push` belongs to the engine thread, iteration and `close` to the event
-    loop.
+    """One gateway's stream. `push` may come from any thread, iteration and `close` belong to the
+    event loop.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class EventStream:
 
 
 class EventStreams:
-    """All attached gateways. `emit` and `beat` belong to the engine thread, the rest to the event
-    loop.
+    """All attached gateways. `emit` and `beat` belong to the engine thread, `pulse` and `beat_at`
+    to any, the rest to the event loop.
     """
 
     def __init__(
@@ -121,6 +121,12 @@ class EventStreams:
         self._max_unread_s = max_unread_s
         self._clock = clock
         self._streams: dict[int, EventStream] = {}
+        self._beat_at = clock()
+
+    @property
+    def beat_at(self) -> float:
+        """When the engine loop last gave a sign of life."""
+        return self._beat_at
 
     @property
     def gateway_epochs(self) -> tuple[int, ...]:
@@ -168,6 +174,12 @@ class EventStreams:
 
     def beat(self, load: inference_pb2.Load) -> None:
         """Send a sign of life with the load to every gateway; from the engine loop, each 0.5 s."""
-        sent_at = self._clock()
+        self._beat_at = sent_at = self._clock()
         for stream in self._streams.values():
             stream.push(inference_pb2.StepEvents(load=load, sent_at=sent_at))
+
+    def pulse(self) -> None:
+        """Send a bare sign of life to every gateway: the engine is in a long step."""
+        sent_at = self._clock()
+        for stream in self._streams.values():
+            stream.push(inference_pb2.StepEvents(sent_at=sent_at))

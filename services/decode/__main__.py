@@ -11,6 +11,7 @@ from scission.common.config import DecodeConfig
 from scission.common.device import open_device
 from scission.common.log import set_up_logging
 from scission.common.model.load import load_model
+from scission.common.pulse import Pulse
 from scission.common.runner import Runner, plan_cache
 from scission.common.transfer.receiver import Receiver
 from scission.common.types import Role
@@ -29,7 +30,9 @@ def run(config: DecodeConfig) -> int:
 
 
 def build_engine(config: DecodeConfig, context: EngineContext) -> DecodeEngine:
-    """Load the model, allocate its state, open the transfer's end, compute once for warmth."""
+    """Load the model, allocate its state, open the transfer's end, compute once for warmth; in the
+    engine's thread.
+    """
     meters = DecodeMeters(context.metrics)
     started_at = time.monotonic()
     device = open_device(config.model)
@@ -76,6 +79,8 @@ def build_engine(config: DecodeConfig, context: EngineContext) -> DecodeEngine:
             "seconds": round(time.monotonic() - started_at, 3),
         },
     )
+    if device.type == "cpu":
+        Pulse(context.streams, config.discovery.beat_s).start()
     return DecodeEngine(
         runner,
         facts,

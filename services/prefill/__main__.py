@@ -10,6 +10,7 @@ from scission.common.config import PrefillConfig
 from scission.common.device import open_device
 from scission.common.log import set_up_logging
 from scission.common.model.load import load_model
+from scission.common.pulse import Pulse
 from scission.common.runner import NUM_SCRATCH, Runner, plan_cache
 from scission.common.transfer.sender import Sender
 from scission.common.types import Role
@@ -29,7 +30,9 @@ def run(config: PrefillConfig) -> int:
 
 
 def build_engine(config: PrefillConfig, context: EngineContext) -> PrefillEngine:
-    """Load the model, allocate its state, open the transfer's end, compute once for warmth."""
+    """Load the model, allocate its state, open the transfer's end, compute once for warmth; in the
+    engine's thread.
+    """
     meters = PrefillMeters(context.metrics)
     started_at = time.monotonic()
     device = open_device(config.model)
@@ -78,6 +81,8 @@ def build_engine(config: PrefillConfig, context: EngineContext) -> PrefillEngine
             "seconds": round(time.monotonic() - started_at, 3),
         },
     )
+    if device.type == "cpu":
+        Pulse(context.streams, config.discovery.beat_s).start()
     return PrefillEngine(
         runner,
         facts,
