@@ -139,12 +139,52 @@ def compare(
 async def stream_all(
     url: str, prompts: Sequence[list[int]], new_tokens: int
 ) -> list[list[tuple[float, int]]]:
-    """All prompts at once, each as a stream of its own: when each token came, and which."""
-    limits = httpx.Limits(max_connections=len(prompts))
-    async with httpx.AsyncClient(timeout=600.0, limits=limits) as client:
-        return await asyncio.gather(
-            *(_stream(client, url, prompt, new_tokens) for prompt in prompts)
-        )
+    """All prompts at once, each as a stream of its own: when each token came, and which.
+
+    The client must not take what it measures away from the servers: it keeps what comes with its
+    time, and reads it afterwards.
+    """
+    streams = await asyncio.gather(*(_receive(url, prompt, new_tokens) for prompt in prompts))
+    tokens = [list(_tokens(parts)) for parts in streams]
+    if any(len(stream) != new_tokens for stream in tokens):
+        raise SystemExit(f"not {new_tokens} tokens came: {streams[0][-1][1]!r}")
+    return tokens
+
+
+async def _receive(url: str, prompt: list[int], new_tokens: int) -> list[tuple[float, bytes]]:
+    body = {
+        "prompt": prompt,
+        "max_tokens": new_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    content = json.dumps(body).encode()
+    host, _, port = url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    writer.write(head.encode() + content)
+    parts: list[tuple[float, bytes]] = []
+    while data := await reader.read(1 << 16):
+        parts.append((time.perf_counter(), data))
+    writer.close()
+    return parts
+
+
+def _tokens(parts: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, int]]:
+    """Each token with the time at which its event's last byte came."""
+    rest = b""
+    for at, data in parts:
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: {"):
+                for choice in json.loads(line.removeprefix(b"data: "))["choices"]:
+                    for token in choice.get("token_ids") or ():
+                        yield at, token
 
 
 def rate(url: str, prompts: Sequence[list[int]], new_tokens: int) -> Rate:
@@ -162,30 +202,6 @@ def rate(url: str, prompts: Sequence[list[int]], new_tokens: int) -> Rate:
         total_tokens_per_s=sum(map(len, streams)) / (last - started),
         token_ids=[[token for _, token in times] for times in streams],
     )
-
-
-async def _stream(
-    client: httpx.AsyncClient, url: str, prompt: list[int], new_tokens: int
-) -> list[tuple[float, int]]:
-    body = {
-        "prompt": prompt,
-        "max_tokens": new_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-    }
-    times: list[tuple[float, int]] = []
-    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                at = time.perf_counter()
-                choices = json.loads(line.removeprefix("data: "))["choices"]
-                times += [(at, t) for choice in choices for t in choice.get("token_ids") or ()]
-    if len(times) != new_tokens:
-        raise SystemExit(f"{len(times)} of {new_tokens} tokens came: {times[-1:]}")
-    return times
 
 
 @torch.inference_mode()
