@@ -208,6 +208,7 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("transfer.slot_bytes", "of one message of state", "transfer_slot_bytes"),
     _setting("transfer.window_slots", "messages one hand-off may have under way"),
     _setting("transfer.bulk_sockets", "connections a pair ships state over"),
+    _setting("transfer.copy_threads", "copy and hash state at each end of a hand-off"),
     _setting("transfer.stall_s", "without progress: ship again", "transfer_stall_s"),
     _setting("transfer.decide_s", "without progress: give up", "transfer_decide_s"),
     _setting("discovery.gateways", "HOST:PORT of a gateway's registry; repeatable", "gateway"),

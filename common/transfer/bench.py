@@ -1,4 +1,5 @@
-"""Speed of a hand-off between two processes of this host, per tier, against one core's memcpy.
+"""Speed of a hand-off between two processes of this host, per tier, against one core's memcpy and
+against a pair of bare processes (`bench_floor.py`).
 
 `scission bench transfer`; figures of one run are comparable with each other, not with another
 machine's.
@@ -26,6 +27,7 @@ import zmq
 from scission.common.cache.layout import CacheLayout, Component, Kind
 from scission.common.cache.storage import CacheStorage
 from scission.common.errors import TransferError
+from scission.common.transfer.bench_floor import pair_rate
 from scission.common.transfer.events import (
     Closed,
     Committed,
@@ -221,27 +223,33 @@ def _receive(pipe: Pipe, load: Load, options: TransferOptions, epoch: int) -> No
         receiver.close()
 
 
-def tier_options(tier: str, directory: Path, slot_bytes: int) -> TransferOptions:
+def tier_options(tier: str, directory: Path, slot_bytes: int, copy_threads: int) -> TransferOptions:
     """Options that make a pair on this host take the tier."""
     curve = None
     if tier == "curve":
         public, secret = (key.decode() for key in zmq.curve_keypair())
         curve = CurveKeys(public, secret, public, frozenset({public}))
     return TransferOptions(
-        arena_dir=directory if tier == "shared" else None, slot_bytes=slot_bytes, curve=curve
+        arena_dir=directory if tier == "shared" else None,
+        slot_bytes=slot_bytes,
+        copy_threads=copy_threads,
+        curve=curve,
     )
 
 
-def run(tiers: Sequence[str], load: Load, slot_bytes: int) -> dict[str, Any]:
-    """All tiers and the baseline, as one report."""
+def run(tiers: Sequence[str], load: Load, slot_bytes: int, copy_threads: int) -> dict[str, Any]:
+    """All tiers and the baselines, as one report."""
+    pair = pair_rate(slot_bytes, load.repeats)
     baseline = memcpy_rate()
     results = []
     for tier in tiers:
         with tempfile.TemporaryDirectory(dir=TransferOptions().arena_dir) as directory:
-            results.append(measure(tier, load, tier_options(tier, Path(directory), slot_bytes)))
+            options = tier_options(tier, Path(directory), slot_bytes, copy_threads)
+            results.append(measure(tier, load, options))
     baseline = max(baseline, memcpy_rate())
     for result in results:
         result["share_of_memcpy"] = result["median_gb_per_s"] * 1e9 / baseline
+        result["share_of_pair"] = result["median_gb_per_s"] * 1e9 / pair
     return {
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -249,7 +257,9 @@ def run(tiers: Sequence[str], load: Load, slot_bytes: int) -> dict[str, Any]:
         "slot_bytes": slot_bytes,
         "tokens": load.num_tokens,
         "is_scattered": load.is_scattered,
+        "copy_threads": copy_threads,
         "memcpy_gb_per_s": baseline / 1e9,
+        "pair_gb_per_s": pair / 1e9,
         "tiers": results,
     }
 
@@ -266,6 +276,12 @@ def run(tiers: Sequence[str], load: Load, slot_bytes: int) -> dict[str, Any]:
     show_default=True,
     type=click.IntRange(4096),
 )
+@click.option(
+    "--copy-threads",
+    default=TransferOptions().copy_threads,
+    show_default=True,
+    type=click.IntRange(1),
+)
 @click.option("--scattered", is_flag=True, help="blocks in random order, as in a pool in use")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="write the report there")
 def command(
@@ -273,18 +289,21 @@ def command(
     tokens: int,
     repeats: int,
     slot_bytes: int,
+    copy_threads: int,
     scattered: bool,
     json_path: Path | None,
 ) -> None:
     load = Load(num_tokens=tokens // 128 * 128, repeats=repeats, is_scattered=scattered)
-    report = run(tiers or TIERS, load, slot_bytes)
+    report = run(tiers or TIERS, load, slot_bytes, copy_threads)
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=2) + "\n")
     click.echo(f"memcpy of one core: {report['memcpy_gb_per_s']:.1f} GB/s")
+    click.echo(f"two bare processes, copy and hash: {report['pair_gb_per_s']:.1f} GB/s")
     for result in report["tiers"]:
         click.echo(
             f"{result['tier']:>7}: {result['median_gb_per_s']:.2f} GB/s, "
             f"{result['share_of_memcpy']:.0%} of memcpy, "
+            f"{result['share_of_pair']:.0%} of the pair, "
             f"{result['exposed_s'] * 1000:.1f} ms exposed of {result['bytes'] / 1e6:.0f} MB"
         )
 

@@ -147,7 +147,7 @@ class Coverage:
 
     def __init__(self, layout: CacheLayout, num_tokens: int) -> None:
         self._layout = layout
-        self._num_tokens = num_tokens
+        self._rows = [component.shipped_rows(num_tokens) for component in layout.components]
         self._claimed: dict[int, NDArray[np.bool_]] = {}
         self.claimed_bytes = 0
         self.total_bytes = layout.shipped_bytes(num_tokens)
@@ -164,7 +164,7 @@ class Coverage:
         if chunk.component >= len(components):
             raise WireError(f"component {chunk.component} of {len(components)}")
         component = components[chunk.component]
-        first, last = component.shipped_rows(self._num_tokens)
+        first, last = self._rows[chunk.component]
         if not first <= chunk.rows[0] < chunk.rows[1] <= last:
             raise WireError(f"{component.name}: rows {chunk.rows} of {(first, last)}")
         if not 0 <= chunk.layers[0] < chunk.layers[1] <= len(component.layers):
@@ -184,10 +184,10 @@ class Coverage:
         self.claimed_bytes -= chunk.num_bytes
 
     def _part(self, chunk: ChunkRows) -> NDArray[np.bool_]:
-        component = self._layout.components[chunk.component]
-        first, last = component.shipped_rows(self._num_tokens)
+        first, last = self._rows[chunk.component]
         claimed = self._claimed.get(chunk.component)
         if claimed is None:
+            component = self._layout.components[chunk.component]
             claimed = np.zeros((len(component.layers), last - first), np.bool_)
             self._claimed[chunk.component] = claimed
         return claimed[

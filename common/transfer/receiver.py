@@ -5,6 +5,7 @@ The I/O thread receives, validates and keeps the clock; the engine thread decide
 """
 
 import logging
+import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from scission.common.transfer.arena import (
     is_locked,
     remove_stale,
 )
+from scission.common.transfer.copiers import Copiers
 from scission.common.transfer.events import (
     Aborted,
     Failed,
@@ -147,6 +149,15 @@ class _Injected:
     seconds: float
 
 
+@dataclass(slots=True)
+class _Budget:
+    """Bytes that one call of `inject` may write, shared by the copying threads."""
+
+    total: int
+    taken: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 @dataclass(frozen=True, slots=True)
 class _Grant:
     block_ids: list[int]
@@ -187,7 +198,10 @@ class Receiver:
         self._events: deque[ReceiverEvent] = deque()
         self._chunks: deque[_Chunk] = deque()
         self._grants: dict[TransferHandle, _Grant] = {}
-        self._private = np.empty(options.slot_bytes, np.uint8)
+        # on a device the copies are its own, in the order of this thread's work
+        num_copiers = options.copy_threads if storage.device.type == "cpu" else 1
+        self._copiers = Copiers(num_copiers, f"transfer-{worker_id}")
+        self._private = deque(np.empty(options.slot_bytes, np.uint8) for _ in range(num_copiers))
         self._stats: Counter[str] = Counter()
         # below: the I/O thread's
         self._slots = SlotTable(options.num_slots)
@@ -195,7 +209,6 @@ class Receiver:
         self._by_request: dict[str, _Incoming] = {}
         self._hungry: OrderedDict[_Incoming, None] = OrderedDict()  # granted, without a slot
         self._owed: set[_Incoming] = set()  # credit to announce
-        self._num_granted = 0
         self._num_sessions = 0
         self._watched_at = 0.0
         self._pinged_at = 0.0
@@ -292,27 +305,33 @@ class Receiver:
 
         Returns the bytes written. Their arena slots go back to the senders at once.
         """
-        num_bytes = reported_bytes = 0
-        done: list[_Injected] = []
-        while self._chunks and (num_bytes < budget_bytes or num_bytes == 0):
-            chunk = self._chunks.popleft()
-            grant = self._grants.get(chunk.incoming.handle)
-            if grant is None:
-                continue
-            started = time.monotonic()
-            is_sound = self._inject(chunk, grant)
-            num_bytes += chunk.rows.num_bytes
-            done.append(_Injected(chunk, is_sound, time.monotonic() - started))
-            if num_bytes - reported_bytes >= REPORT_BYTES:
-                reported_bytes = num_bytes
-                self._report_injected(done)
-                done = []
-        if done:
-            self._report_injected(done)
-        return num_bytes
+        budget = _Budget(budget_bytes)
 
-    def _report_injected(self, done: list[_Injected]) -> None:
-        self._loop.call(partial(self._take_injected, done))
+        def work() -> None:
+            done: list[_Injected] = []
+            unreported = 0
+            while (job := self._next_job(budget)) is not None:
+                done.append(self._inject(*job))
+                unreported += job[0].rows.num_bytes
+                if unreported >= REPORT_BYTES:
+                    self._loop.call(partial(self._take_injected, done))
+                    done, unreported = [], 0
+            if done:
+                self._loop.call(partial(self._take_injected, done))
+
+        self._copiers.run(work, min(len(self._chunks), budget_bytes // REPORT_BYTES))
+        return budget.taken
+
+    def _next_job(self, budget: _Budget) -> tuple[_Chunk, _Grant] | None:
+        """The next chunk and its place, while the budget lasts; on any of the copying threads."""
+        with budget.lock:
+            while self._chunks and (budget.taken < budget.total or budget.taken == 0):
+                chunk = self._chunks.popleft()
+                grant = self._grants.get(chunk.incoming.handle)
+                if grant is not None:
+                    budget.taken += chunk.rows.num_bytes
+                    return chunk, grant
+        return None
 
     @property
     def has_chunks(self) -> bool:
@@ -354,13 +373,15 @@ class Receiver:
     def close(self) -> None:
         """Abort what is open and end the I/O thread."""
         self._loop.stop()
+        self._copiers.close()
 
-    def _inject(self, chunk: _Chunk, grant: _Grant) -> bool:
-        """Write the chunk's rows; True when what was written has the hash it should.
+    def _inject(self, chunk: _Chunk, grant: _Grant) -> _Injected:
+        """Write the chunk's rows; sound when what was written has the hash it should.
 
         Damaged rows may be written too: nothing reads a request's rows before all are sound, and no
         other chunk can claim them meanwhile.
         """
+        started = time.monotonic()
         rows, header = chunk.rows, chunk.header
         place = RowPlace(rows.component, rows.layers, rows.rows, grant.block_ids, grant.slot)
         hasher = start_hash(chunk.packed)
@@ -369,14 +390,13 @@ class Receiver:
             self._storage.write_rows(place, data, hasher.update)
         else:
             assert self._arena is not None
+            data = self._arena.slot(header.slot, rows.num_bytes)
             # the sender can still write to the slot: what is hashed must be out of its reach
-            self._storage.write_rows(
-                place,
-                self._arena.slot(header.slot, rows.num_bytes),
-                hasher.update,
-                self._private[: rows.num_bytes],
-            )
-        return hasher.intdigest() == header.hash
+            private = self._private.pop()
+            self._storage.write_rows(place, data, hasher.update, private[: rows.num_bytes])
+            self._private.append(private)
+        is_sound = hasher.intdigest() == header.hash
+        return _Injected(chunk, is_sound, time.monotonic() - started)
 
     # I/O thread: commands
 
@@ -401,7 +421,6 @@ class Receiver:
         now = time.monotonic()
         transfer.coverage = Coverage(self._layout, transfer.num_tokens)
         transfer.granted_at = transfer.progress_at = now
-        self._num_granted += 1
         slots = self._take_slots(transfer, FIRST_SLOTS)
         if not slots:
             self._hungry[transfer] = None
@@ -560,9 +579,10 @@ class Receiver:
             transfer.end_reason = abort_reason
             self._slots.quarantine(transfer)
             transfer.session.aborting[transfer.handle.transfer_id] = transfer
-            self._send_abort(transfer, time.monotonic())
         if event is not None:
             self._emit(event)
+        if abort_reason is not None:
+            self._send_abort(transfer, time.monotonic())
 
     def _send_abort(self, transfer: _Incoming, now: float) -> None:
         transfer.told_at = now
@@ -855,7 +875,7 @@ class Receiver:
     # I/O thread: chunks
 
     def _receive_bulk(self, socket: Socket, is_shared: bool) -> None:
-        num_waiting = len(self._chunks)
+        num_taken = 0
         for _ in range(MESSAGES_PER_ROUND):
             # rows stay where ZeroMQ received them until they are injected
             frames = receive(socket, copy=is_shared)
@@ -872,16 +892,17 @@ class Receiver:
                 continue
             for packed in headers:
                 try:
-                    self._on_chunk(identity, packed, None if is_shared else frames[2])
+                    num_taken += self._on_chunk(identity, packed, None if is_shared else frames[2])
                 except WireError as error:
                     self._stats["dropped_invalid"] += 1
                     logger.debug("dropped a chunk: %s", error)
-        if len(self._chunks) > num_waiting:
+        if num_taken:
             self._wake()
 
-    def _on_chunk(self, identity: bytes, packed: bytes, frame: zmq.Frame | None) -> None:
-        """Validate a chunk in every field and queue it. Raises WireError where it is not in
-        order.
+    def _on_chunk(self, identity: bytes, packed: bytes, frame: zmq.Frame | None) -> bool:
+        """Validate a chunk in every field and queue it; False for one that comes late or again.
+
+        Raises WireError where it is not in order.
         """
         header = Header.unpack(packed)
         is_shared = frame is None
@@ -889,18 +910,18 @@ class Receiver:
             raise WireError(f"{header.kind.name} came over a bulk socket")
         if header.epoch != self._epoch:
             self._stats["dropped_old_epoch"] += 1
-            return
+            return False
         session = self._sessions.get(identity[:-1])
         transfer = session.transfers.get(header.transfer_id) if session is not None else None
         if session is None or transfer is None or transfer.coverage is None or transfer.is_ready:
             self._stats["dropped_late"] += 1
-            return
+            return False
         if (session.tier == transfer_pb2.TIER_SHARED) != is_shared:
             raise WireError("a chunk of the other tier")
         sequence = header.sequence
         if sequence in transfer.injected or sequence in transfer.arrived:
             self._stats["dropped_duplicate"] += 1
-            return
+            return False
         if header.length > self._options.slot_bytes:
             raise WireError(f"{header.length} bytes in a slot of {self._options.slot_bytes}")
         if frame is not None and len(frame.buffer) != header.length:
@@ -914,6 +935,7 @@ class Receiver:
         transfer.arrived.add(sequence)
         self._slots.mark(transfer, header.slot, SlotState.FILLED)
         self._chunks.append(_Chunk(transfer, packed, header, rows, frame))
+        return True
 
     # I/O thread: time
 

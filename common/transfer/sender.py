@@ -5,6 +5,7 @@ The engine thread calls the public methods, none of which waits; everything else
 hashing included, runs on the endpoint's own I/O thread.
 """
 
+import contextlib
 import logging
 import time
 from collections import Counter, deque
@@ -19,6 +20,7 @@ from google.protobuf.message import Message
 from scission.common.cache.storage import Bytes, CacheStorage, Mark, RowPlace
 from scission.common.errors import TransferError
 from scission.common.transfer.connection import Connection
+from scission.common.transfer.copiers import Copiers
 from scission.common.transfer.events import (
     Closed,
     Committed,
@@ -50,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.02  # while transfers are open
 BLOCKED_S = 0.001  # while a chunk waits for a socket, a staging buffer or the device
-CHUNKS_PER_ROUND = 4  # between two looks at the sockets
+CHUNKS_PER_ROUND = 2  # between two looks at the sockets
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,21 @@ class _Shipped:
 
     chunk: ChunkRows
     slot: int
-    hash: int
+    hash: int = 0
     is_done: bool = False  # injected, said the receiver
+
+
+@dataclass(slots=True)
+class _Job:
+    """A chunk to gather now, and where to."""
+
+    transfer: "_Outgoing"
+    shipped: _Shipped
+    place: RowPlace
+    packed: bytes  # the header, its hash to be filled in
+    rows: Bytes  # what is gathered to: in the arena, or in the buffer
+    buffer: Bytes | None
+    fault: Exception | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -151,6 +166,8 @@ class Sender:
         self._staging = _Staging(options.slot_bytes, options.window_slots)
         self._watched_at = 0.0
         self._pinged_at = 0.0
+        num_copiers = options.copy_threads if storage.device.type == "cpu" else 1
+        self._copiers = Copiers(num_copiers, f"transfer-{worker_id}")
         self._loop = Loop(f"transfer-{worker_id}", context)
         self._loop.start(self._tick, self._close)
 
@@ -225,6 +242,7 @@ class Sender:
     def close(self) -> None:
         """Abort what is open and end the I/O thread."""
         self._loop.stop()
+        self._copiers.close()
 
     # I/O thread: commands
 
@@ -450,15 +468,20 @@ class Sender:
 
     # I/O thread: shipping
 
+    def _flush(self) -> bool:
+        """Send what sockets had no room for. Returns whether some still have none."""
+        blocked = [c for c in self._connections.values() if c.is_blocked]
+        for connection in blocked:
+            connection.flush()
+        return any(connection.is_blocked for connection in blocked)
+
     def _ship(self) -> bool:
         """Ship a few chunks, turn by turn over the transfers. Returns whether all that could ship
         wait for buffers or sockets.
         """
         num_blocked = 0
-        touched: set[Connection] = set()
-        for _ in range(CHUNKS_PER_ROUND):
-            if num_blocked >= len(self._turns):
-                break
+        jobs: list[_Job] = []
+        while len(jobs) < CHUNKS_PER_ROUND and num_blocked < len(self._turns):
             transfer = self._transfers.get(self._turns[0])
             if transfer is None:
                 self._turns.popleft()
@@ -466,26 +489,16 @@ class Sender:
             step = self._next_chunk(transfer)
             if step is None:
                 self._turns.popleft()
-                self._send_manifest(transfer)
+                if not any(job.transfer is transfer for job in jobs):
+                    self._send_manifest(transfer)
                 continue
             self._turns.rotate(-1)
-            transfer.connection.flush()
-            if transfer.connection.is_blocked:
+            job = self._begin_chunk(transfer, *step)
+            if job is None:
                 num_blocked += 1
-                continue
-            try:
-                is_shipped = self._ship_chunk(transfer, *step)
-            except Exception:
-                # this request's own fault (a source that is too short): the others go on
-                logger.exception("%s: cannot read the state", transfer.handle.request_id)
-                self._end(transfer, Failed(transfer.handle, "internal"), abort_reason="internal")
-                continue
-            if is_shipped:
-                touched.add(transfer.connection)
             else:
-                num_blocked += 1
-        for connection in touched:
-            connection.flush()
+                jobs.append(job)
+        self._ship_jobs(jobs)
         return 0 < len(self._turns) <= num_blocked
 
     def _next_chunk(self, transfer: _Outgoing) -> tuple[int, ChunkRows, int] | None:
@@ -509,11 +522,22 @@ class Sender:
             transfer.is_final_planned = True
             transfer.chunks.extend(final_chunks(self._layout, transfer.num_tokens, max_bytes))
 
-    def _ship_chunk(self, transfer: _Outgoing, sequence: int, chunk: ChunkRows, slot: int) -> bool:
-        """Gather, hash and send one chunk; False when there is no buffer for it."""
-        connection = transfer.connection
-        source = transfer.source
-        place = RowPlace(chunk.component, chunk.layers, chunk.rows, source.block_ids, source.slot)
+    def _begin_chunk(
+        self, transfer: _Outgoing, sequence: int, chunk: ChunkRows, slot: int
+    ) -> _Job | None:
+        """Count the chunk as shipped; None when there is no room for it."""
+        connection, source = transfer.connection, transfer.source
+        connection.flush()
+        if connection.is_blocked:
+            return None
+        buffer = None
+        if connection.arena is not None:
+            rows = connection.arena.slot(slot, chunk.num_bytes)
+        else:
+            buffer = self._staging.take()
+            if buffer is None:
+                return None
+            rows = buffer[: chunk.num_bytes]
         header = Header(
             Kind.CHUNK,
             transfer.handle.transfer_id,
@@ -525,44 +549,73 @@ class Sender:
             slot,
             chunk.num_bytes,
         )
-        buffer = None
-        if connection.arena is not None:
-            rows = connection.arena.slot(slot, chunk.num_bytes)
-        else:
-            buffer = self._staging.take()
-            if buffer is None:
-                return False
-            rows = buffer[: chunk.num_bytes]
-        packed = header.pack()
-        hasher = start_hash(packed)
-        self._storage.read_rows(place, rows, hasher.update)
-        digest = hasher.intdigest()
-        frame = None
-        if buffer is not None:
-            frame = zmq.Frame(rows, track=True, copy=False)
-            self._staging.lend(buffer, frame.tracker)
-        connection.send_chunk(seal(packed, digest), frame)
-        self._record(transfer, sequence, chunk, slot, digest)
-        return True
+        place = RowPlace(chunk.component, chunk.layers, chunk.rows, source.block_ids, source.slot)
+        shipped = self._record(transfer, sequence, chunk, slot)
+        return _Job(transfer, shipped, place, header.pack(), rows, buffer)
 
-    def _record(
-        self, transfer: _Outgoing, sequence: int, chunk: ChunkRows, slot: int, digest: int
-    ) -> None:
-        now = time.monotonic()
+    def _record(self, transfer: _Outgoing, sequence: int, chunk: ChunkRows, slot: int) -> _Shipped:
         self._stats["chunks"] += 1
         self._stats["bytes"] += chunk.num_bytes
         if transfer.reship and transfer.reship[0] == sequence:
             transfer.reship.popleft()
-            transfer.shipped[sequence].hash = digest
             self._stats["reships"] += 1
-            return
-        transfer.progress_at = now
+            return transfer.shipped[sequence]
+        shipped = _Shipped(chunk, slot)
+        transfer.progress_at = time.monotonic()
         transfer.credits.pop()
         transfer.chunks.popleft()
-        transfer.shipped.append(_Shipped(chunk, slot, digest))
+        transfer.shipped.append(shipped)
         transfer.in_slot[slot] = sequence
         transfer.num_undone += 1
         transfer.num_bytes += chunk.num_bytes
+        return shipped
+
+    def _ship_jobs(self, jobs: list[_Job]) -> None:
+        """Gather and hash, on all copiers, then send."""
+        waiting = deque(jobs)
+
+        def work() -> None:
+            with contextlib.suppress(IndexError):
+                while True:
+                    self._gather(waiting.popleft())
+
+        self._copiers.run(work, len(jobs))
+        touched: dict[int, Connection] = {}
+        for job in jobs:
+            transfer, fault = job.transfer, job.fault
+            if fault is not None or transfer.handle.transfer_id not in self._transfers:
+                if job.buffer is not None:
+                    self._staging.give_back(job.buffer)
+                if fault is not None:
+                    self._fault(transfer, fault)
+                continue
+            connection = transfer.connection
+            frame = None
+            if job.buffer is not None:
+                frame = zmq.Frame(job.rows, track=True, copy=False)
+                self._staging.lend(job.buffer, frame.tracker)
+            connection.send_chunk(seal(job.packed, job.shipped.hash), frame)
+            touched[id(connection)] = connection
+        for connection in touched.values():
+            connection.flush()
+        for transfer in {id(job.transfer): job.transfer for job in jobs}.values():
+            if transfer.handle.transfer_id in self._transfers:
+                self._send_manifest(transfer)
+
+    def _gather(self, job: _Job) -> None:
+        hasher = start_hash(job.packed)
+        try:
+            self._storage.read_rows(job.place, job.rows, hasher.update)
+        except Exception as error:
+            job.fault = error
+        else:
+            job.shipped.hash = hasher.intdigest()
+
+    def _fault(self, transfer: _Outgoing, fault: Exception) -> None:
+        """This request's own fault (a source that is too short): the others go on."""
+        if transfer.handle.transfer_id in self._transfers:
+            logger.error("%s: cannot read the state", transfer.handle.request_id, exc_info=fault)
+            self._end(transfer, Failed(transfer.handle, "internal"), abort_reason="internal")
 
     def _send_manifest(self, transfer: _Outgoing) -> None:
         """Once everything has gone out: say what everything was."""
@@ -598,7 +651,8 @@ class Sender:
     def _tick(self, now: float) -> float:
         for transfer in list(self._computing):
             self._admit(transfer)
-        is_blocked = self._ship()
+        is_blocked = self._flush()
+        is_blocked |= self._ship()
         if now - self._watched_at >= TICK_S:
             self._watched_at = now
             self._watch_all(now)
@@ -691,6 +745,10 @@ class _Staging:
             self._room -= 1
             return np.empty(self._size, np.uint8)
         return None
+
+    def give_back(self, buffer: Bytes) -> None:
+        """Nothing was sent from it."""
+        self._free.append(buffer)
 
     def lend(self, buffer: Bytes, tracker: zmq.MessageTracker) -> None:
         """The buffer is free once the tracker of the frame over it is done."""

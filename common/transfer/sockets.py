@@ -33,9 +33,10 @@ def bulk_socket(context: Context, options: TransferOptions, identity: bytes | No
     """As `control_socket`, for CHUNK messages; credits keep their number below the high-water
     mark.
     """
-    return _socket(
-        context, options, identity, options.num_slots + 1, options.slot_bytes + HEADER.size
-    )
+    # a reader tells how far it came only each half of the mark
+    high_water_mark = 2 * (options.num_slots + 1)
+    max_bytes = max(options.slot_bytes, options.num_slots * HEADER.size) + HEADER.size
+    return _socket(context, options, identity, high_water_mark, max_bytes)
 
 
 def _socket(

@@ -81,7 +81,7 @@ BODIES: dict[Kind, type[Message]] = {
     Kind.RESHIP: transfer_pb2.Reship,
     Kind.ABORT: transfer_pb2.Abort,
 }
-_KINDS = frozenset(kind.value for kind in Kind)
+_KINDS = {kind.value: kind for kind in Kind}
 
 Frame = bytes | memoryview
 
@@ -142,10 +142,11 @@ class Header:
         ) = HEADER.unpack(data)
         if magic != MAGIC or version != VERSION or reserved:
             raise WireError(f"not a message of protocol version {VERSION}")
-        if kind not in _KINDS:
+        known = _KINDS.get(kind)
+        if known is None:
             raise WireError(f"unknown message kind {kind}")
         return cls(
-            Kind(kind),
+            known,
             transfer_id,
             epoch,
             component,
