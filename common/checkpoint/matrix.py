@@ -1,6 +1,6 @@
 """A weight matrix as it is stored: its formats, one rank's part of it, and its values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -124,6 +124,22 @@ class Matrix:
     @property
     def num_bytes(self) -> int:
         return self.codes.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+
+    def expert(self, number: int) -> "Matrix":
+        """One of a stack: [out, in]."""
+        scales = self.scales
+        if scales is not None and scales.dim():
+            scales = scales[number]
+        return replace(self, codes=self.codes[number], scales=scales)
+
+    def by_block(self) -> "Matrix":
+        """The same values as fp8_block where it is fp8_tensor: every block has the one scale."""
+        if self.kind != "fp8_tensor" or self.scales is None:
+            return self
+        *leading, rows, columns = self.codes.shape
+        scales = self.scales.reshape(-1, 1, 1) if self.scales.numel() > 1 else self.scales
+        blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+        return replace(self, kind="fp8_block", scales=scales.expand(*leading, *blocks).contiguous())
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The values, [.., out, in] of `dtype` (exact in float32)."""

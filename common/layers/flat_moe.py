@@ -1,15 +1,24 @@
 """Mixture of experts stored flat (one tensor for all experts), routed by sigmoid scores."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scission.common.checkpoint.weights import Weights
+from scission.common.checkpoint.weights import Matrix, Weights
 from scission.common.layers.linear import axis_shard
 from scission.common.layers.mlp import GatedMLP
 from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
 from scission.common.parallel.ranks import Axis, Ranks
-from scission.kernels.gated_experts import route_sigmoid, run_gated_experts
+from scission.kernels.gated_experts import (
+    ExpertProducts,
+    products_of,
+    route_sigmoid,
+    run_gated_experts,
+)
+from scission.kernels.linear import can_run, linear_block_fp8
+from scission.kernels.quant import FP8_BLOCK, scale_values
 
 
 class SigmoidRouter:
@@ -63,17 +72,16 @@ class FlatExperts:
         whole = axis_shard(ranks.ep, 0)
         outputs = whole or axis_shard(ranks.tp, 1, LINEAR_BLOCK)
         inputs = whole or axis_shard(ranks.tp, 2, LINEAR_BLOCK)
-        self._gate, self._up = (
+        gate, up = (
             w.flat_experts(name, num_experts, inner, dim, outputs)
             for name in ("gate_proj", "up_proj")
         )
-        self._down = w.flat_experts("down_proj", num_experts, dim, inner, inputs)
+        down = w.flat_experts("down_proj", num_experts, dim, inner, inputs)
         self._first, last = whole.bounds(num_experts) if whole else (0, num_experts)
         self._num_local = last - self._first
         self._limit = limit
-        self._dtype = numerics.dtype
-        # on the CPU the values are kept, elsewhere the codes
-        self._values = self._decode() if w.device.type == "cpu" else None
+        self._gate_up = _products([gate, up], numerics.dtype)
+        self._down = _products([down], numerics.dtype)
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """This rank's share of the sum, [num_tokens, dim] float32.
@@ -81,15 +89,36 @@ class FlatExperts:
         Args:
             experts: [num_tokens, k] int64, of all ranks; `weights`: float32.
         """
-        gate_up, down = self._values if self._values is not None else self._decode()
         local = experts - self._first
         is_mine = (local >= 0) & (local < self._num_local)
         local = torch.where(is_mine, local, -1)
-        return run_gated_experts(x, local, weights, gate_up, down, self._limit)
+        return run_gated_experts(
+            x, local, weights, self._gate_up, self._down, self._num_local, self._limit
+        )
 
-    def _decode(self) -> tuple[Tensor, Tensor]:
-        gate, up, down = (m.dequantize(self._dtype) for m in (self._gate, self._up, self._down))
-        return torch.cat([gate, up], dim=1), down
+
+def _products(parts: Sequence[Matrix], dtype: torch.dtype) -> ExpertProducts:
+    """Of the stacks one below the other: values on the CPU, codes where there is a kernel."""
+    if parts[0].codes.device.type == "cpu":
+        return products_of(torch.cat([part.dequantize(dtype) for part in parts], dim=1))
+    if not _has_kernel(parts, dtype):
+        return lambda expert, x: F.linear(
+            x, torch.cat([part.expert(expert).dequantize(dtype) for part in parts])
+        )
+    blocks = [part.by_block() for part in parts]
+    codes = torch.cat([block.codes for block in blocks], dim=1)
+    scales = torch.cat([scale_values(b.scales) for b in blocks if b.scales is not None], dim=1)
+    return lambda expert, x: linear_block_fp8(x, codes[expert], scales[expert], rounds_input=False)
+
+
+def _has_kernel(parts: Sequence[Matrix], dtype: torch.dtype) -> bool:
+    """FP8 that no cut left inside a block, each part but the last of whole blocks."""
+    return can_run(parts[0].codes.device, dtype, parts[0].in_features) and all(
+        part.kind in ("fp8_block", "fp8_tensor")
+        and part.offset == (0, 0)
+        and (part is parts[-1] or part.out_features % FP8_BLOCK == 0)
+        for part in parts
+    )
 
 
 class FlatMoE:

@@ -1,11 +1,22 @@
 """Experts chosen by sigmoid scores, whose activation is clamped after silu."""
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scission.kernels.gated_experts import reference
 
-__all__ = ["route_sigmoid", "run_gated_experts"]
+__all__ = ["ExpertProducts", "products_of", "route_sigmoid", "run_gated_experts"]
+
+# (number of an expert, [n, in]) -> [n, out]: the product with that expert's matrix
+ExpertProducts = Callable[[int, Tensor], Tensor]
+
+
+def products_of(stack: Tensor) -> ExpertProducts:
+    """Of plain matrices [num_experts, out, in]."""
+    return lambda expert, x: F.linear(x, stack[expert])
 
 
 def route_sigmoid(
@@ -30,8 +41,9 @@ def run_gated_experts(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: ExpertProducts,
+    down: ExpertProducts,
+    num_experts: int,
     limit: float | None,
 ) -> Tensor:
     """sum_e weight_e * down_e(min(silu(gate_e x), limit) * clip(up_e x, -limit, limit)).
@@ -40,21 +52,16 @@ def run_gated_experts(
         x: [num_tokens, dim].
         experts: [num_tokens, k] int64, numbers in the stack; -1: not in it, adds nothing.
         weights: [num_tokens, k] float32.
-        gate_up: [num_experts, 2 * inner, dim], gate then up, of x's dtype.
-        down: [num_experts, dim, inner].
+        gate_up: to [n, 2 * inner], gate then up, of x's dtype; `down`: back to [n, dim].
+        num_experts: in the stack.
         limit: None: no clamp.
 
     Returns:
         [num_tokens, dim] float32, summed in fp32.
     """
-    if gate_up.shape != (down.shape[0], 2 * down.shape[2], x.shape[1]):
-        raise ValueError(
-            f"x {list(x.shape)}, gate_up {list(gate_up.shape)} and down {list(down.shape)} "
-            "do not fit"
-        )
     if experts.shape != weights.shape or weights.dtype != torch.float32:
         raise ValueError(
             f"experts {list(experts.shape)} and float32 weights must be alike, "
             f"got {weights.dtype} {list(weights.shape)}"
         )
-    return reference.run_gated_experts(x, experts, weights, gate_up, down, limit)
+    return reference.run_gated_experts(x, experts, weights, gate_up, down, num_experts, limit)

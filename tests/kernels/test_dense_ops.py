@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scission.kernels.activation import silu_mul
 from scission.kernels.dense_attention import KeyRows, attend_dense, reference
-from scission.kernels.gated_experts import route_sigmoid, run_gated_experts
+from scission.kernels.gated_experts import products_of, route_sigmoid, run_gated_experts
 from scission.kernels.rope import rotate_halves_, rotations
 
 # (first position with a key, tokens before the chunk, queries) of each sequence
@@ -99,7 +99,7 @@ def test_experts_add_up_and_absent_ones_add_nothing(num_tokens: int, limit: floa
             if e >= 0:
                 inner = silu_mul(gate_up[e] @ x[n], limit)
                 expected[n] += weight * (down[e] @ inner)
-    ours = run_gated_experts(x, experts, weights, gate_up, down, limit)
+    ours = run_gated_experts(x, experts, weights, products_of(gate_up), products_of(down), 4, limit)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -107,10 +107,14 @@ def test_zeros_that_pad_gate_up_and_down_change_nothing() -> None:
     """Each half of (gate | up) is padded for itself: at the end of both, gate meets up."""
     x, experts, weights = torch.randn(5, 6), torch.randint(0, 3, (5, 2)), torch.rand(5, 2)
     gate, up, down = torch.randn(3, 5, 6), torch.randn(3, 5, 6), torch.randn(3, 6, 5)
-    expected = run_gated_experts(x, experts, weights, torch.cat([gate, up], 1), down, 0.5)
+
+    def run(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        gate_up = products_of(torch.cat([gate, up], 1))
+        return run_gated_experts(x, experts, weights, gate_up, products_of(down), 3, 0.5)
+
+    expected = run(gate, up, down)
     gate, up = (F.pad(part, (0, 0, 0, 3)) for part in (gate, up))
-    padded = torch.cat([gate, up], 1)
-    ours = run_gated_experts(x, experts, weights, padded, F.pad(down, (0, 3)), 0.5)
+    ours = run(gate, up, F.pad(down, (0, 3)))
     torch.testing.assert_close(ours, expected)
 
 

@@ -52,6 +52,14 @@ def test_a_scale_of_the_whole_tensor_multiplies(
     assert torch.equal(matrix.dequantize(torch.float32), CODES.float() * scale.float())
 
 
+def test_one_scale_of_a_tensor_is_that_of_every_block(tmp_path: Path) -> None:
+    write_tensors(tmp_path, a__weight=CODES, a__weight_scale_inv=torch.tensor(0.3))
+    matrix = open_weights(tmp_path).matrix("a", 3, 192)
+    blocks = matrix.by_block()
+    assert blocks.kind == "fp8_block" and blocks.by_block() is blocks
+    assert torch.equal(blocks.dequantize(torch.float32), matrix.dequantize(torch.float32))
+
+
 @pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale", "scale"])
 def test_blocks_are_128_wide_whatever_the_ratio_of_the_shapes(tmp_path: Path, name: str) -> None:
     """192 columns by 2 scales are 128 + 64, not 96 + 96."""

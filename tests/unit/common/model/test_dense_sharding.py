@@ -15,6 +15,7 @@ from scission.common.checkpoint.write_random import write_random_checkpoint
 from scission.common.errors import ConfigError
 from scission.common.layers.flat_moe import FlatExperts
 from scission.common.layers.heads import HeadSplit
+from scission.common.layers.linear import axis_shard
 from scission.common.layers.mlp import GatedMLP
 from scission.common.layers.numerics import Numerics
 from scission.common.model.batch import SequenceChunk, build_batch
@@ -88,8 +89,8 @@ def test_ten_scale_blocks_are_divided_whole(tmp_path: Path, size: int) -> None:
         w = Weights(Ledger(FileSource(tmp_path), "cpu")).scope("model", "layers", "2")
         routed = FlatExperts(w.scope("moe"), 3, 160, 1280, Ranks(tp=axis), FP32, None)
         shared = GatedMLP(w.scope("share_expert"), 160, 1280, axis, FP32)
-        for matrix in (routed._gate, routed._up):
-            assert matrix.offset == (0, 0) and matrix.out_features % 128 == 0
+        shard = axis_shard(axis, 0, 128)
+        assert shard is None or all(bound % 128 == 0 for bound in shard.bounds(1280))
         return routed(x, experts, weights), shared.partial(x)
 
     routed, shared = layers(Axis())
