@@ -17,7 +17,7 @@ from scission.services.gateway.openai.context import (
 from scission.services.gateway.openai.conversation import read_conversation
 from scission.services.gateway.openai.event_stream import EventStream, while_connected
 from scission.services.gateway.openai.fields import check_other_fields
-from scission.services.gateway.openai.json_body import JsonBodyRoute
+from scission.services.gateway.openai.json_body import JsonBodyRoute, ParsedRequest
 from scission.services.gateway.openai.sampling import check_token_ids
 from scission.services.gateway.openai.schemas import (
     ChatBody,
@@ -51,6 +51,7 @@ def make_openai_router(context: ServingContext) -> APIRouter:
     ) -> Response:
         try:
             context.metrics.ignored_fields.inc(check_other_fields(body.model_extra))
+            _forget_ignored(body, request)
             caller = _caller(request, body)
             job = await job_type.prepare(body, caller, context)
             if body.stream:
@@ -122,6 +123,14 @@ def make_openai_router(context: ServingContext) -> APIRouter:
         return _json(orjson.dumps({"prompt": text}))
 
     return router
+
+
+def _forget_ignored(body: GenerationBody, request: Request) -> None:
+    """Hold no memory, for as long as the request runs, for what nobody reads."""
+    if body.model_extra is not None:
+        body.model_extra.clear()
+    if isinstance(request, ParsedRequest):
+        request.forget_body()
 
 
 def _caller(request: Request, body: GenerationBody) -> Caller:

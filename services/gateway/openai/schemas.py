@@ -21,6 +21,7 @@ from pydantic import (
 MAX_STOPS = 256
 MAX_STOP_CHARS = 1024
 MAX_BAD_WORDS = 1024
+MAX_ALLOWED_TOKENS = 1 << 18
 MAX_MESSAGES = 65536
 MAX_TOOLS = 4096
 MAX_DOCUMENTS = 4096
@@ -120,7 +121,7 @@ class GenerationBody(_Body):
     bad_words: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
         None, max_length=MAX_BAD_WORDS
     )
-    allowed_token_ids: list[TokenId] | None = None
+    allowed_token_ids: list[TokenId] | None = Field(None, max_length=MAX_ALLOWED_TOKENS)
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
     prompt_logprobs: int | None = Field(None, ge=0)
     return_token_ids: bool | None = None

@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.types import ASGIApp, Message
 
 from scission.common.errors import DeadlineError, UnavailableError
 from scission.services.gateway.engine import ReadyState
+from scission.services.gateway.openai.json_body import MAX_PARTS
 from tests.unit.services.gateway.fake_engine import (
     MAX_MODEL_LEN,
     MODEL,
@@ -83,6 +85,37 @@ async def test_deep_json_is_refused() -> None:
         for body, status in ((deep, 400), (less, 400), (wide, 200)):
             response = await client.post("/v1/completions", content=body, headers=headers)
             assert response.status_code == status, response.text
+
+
+async def test_a_body_of_a_great_many_parts_is_refused_before_it_is_parsed() -> None:
+    objects = b'{"prompt": "x", "x": [' + b"{}," * MAX_PARTS + b"{}]}"
+    fields = b'{"prompt": "x"' + b"".join(b',"%d":1' % i for i in range(MAX_PARTS)) + b"}"
+    unclosed = b'{"prompt": "x", "x": [' + b"{}," * MAX_PARTS + b'"' + b'\\"' * 1000
+    text = b'{"prompt": "x", "x": "' + b'{\\"a\\": [' * MAX_PARTS + b'"}'
+    headers = {"content-type": "application/json"}
+    async with make_client(make_app(FakeEngine())) as client:
+        for body, status in ((objects, 400), (fields, 400), (unclosed, 400), (text, 200)):
+            response = await client.post("/v1/completions", content=body, headers=headers)
+            assert response.status_code == status, response.text
+            if status == 400:
+                assert str(MAX_PARTS) in error_of(response)["message"]
+
+
+async def test_what_nobody_reads_of_a_body_is_not_held_while_the_request_runs() -> None:
+    engine = FakeEngine(hang_after=0)
+    mark = "mark of this test " * 3
+    async with make_client(make_app(engine)) as client:
+        # the collector knows no dicts of plain values alone
+        ignored = {"a": mark, "b": [[]]}
+        body = {**TEXT, "nobodys": [ignored]}
+        asking = asyncio.create_task(client.post("/v1/completions", json=body))
+        await engine.num_hanging.acquire()
+        gc.collect()
+        held = [o for o in gc.get_objects() if isinstance(o, dict) and o.get("a") == mark]
+        held = [o for o in held if o is not ignored]
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    assert not held
 
 
 async def test_an_error_of_ours_shows_no_detail() -> None:
