@@ -63,6 +63,7 @@ class RequestError(ScissionError):
 
 class ContextLengthError(RequestError):
     code = "context_length_exceeded"
+    grpc_code = "OUT_OF_RANGE"
 
 
 class UnsupportedError(RequestError):

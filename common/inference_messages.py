@@ -19,6 +19,7 @@ _REASON_FROM_PROTO = {value: reason for reason, value in _REASON_TO_PROTO.items(
 # The class that stands for each gRPC status on the receiving side.
 _ERROR_BY_GRPC_CODE: dict[str, type[ScissionError]] = {
     "INVALID_ARGUMENT": errors.RequestError,
+    "OUT_OF_RANGE": errors.ContextLengthError,
     "UNIMPLEMENTED": errors.UnsupportedError,
     "RESOURCE_EXHAUSTED": errors.CapacityError,
     "UNAVAILABLE": errors.UnavailableError,

@@ -85,6 +85,7 @@ def test_fp32_logprobs_pass_unchanged() -> None:
 def test_an_error_keeps_its_http_status_over_the_wire() -> None:
     for error in (
         errors.RequestError("bad"),
+        errors.ContextLengthError("long"),
         errors.CapacityError("full"),
         errors.UnavailableError("draining"),
         errors.DeadlineError("late"),
