@@ -48,7 +48,7 @@ class TransferOptions:
     bind: str = "tcp://127.0.0.1:*"
     advertise_host: str | None = None
     arena_dir: Path | None = Path("/dev/shm")
-    slot_bytes: int = 2 << 20  # the largest chunk
+    slot_bytes: int = 4 << 20  # the largest chunk
     arena_bytes: int = 64 << 20  # all that a receiver lets senders have in flight
     window_slots: int = 8  # the most that one transfer may have in flight
     bulk_sockets: int = 2  # connections a pair ships rows over
