@@ -1,0 +1,1 @@
+"""Generated problems: questions, reasoning and answers, all made up here."""
