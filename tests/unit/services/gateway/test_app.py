@@ -111,7 +111,7 @@ async def test_what_nobody_reads_of_a_body_is_not_held_while_the_request_runs() 
         asking = asyncio.create_task(client.post("/v1/completions", json=body))
         await engine.num_hanging.acquire()
         gc.collect()
-        held = [o for o in gc.get_objects() if isinstance(o, dict) and o.get("a") == mark]
+        held = [o for o in gc.get_objects() if type(o) is dict and o.get("a") == mark]
         held = [o for o in held if o is not ignored]
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
