@@ -109,6 +109,7 @@ def build_request(
         logprobs=wishes.logprobs,
         prompt_logprobs=wishes.prompt_logprobs,
     )
+    _check_drawable(sampling, context)
     return GenerationRequest(
         request_id=context.request_ids.next(),
         prompt_token_ids=prompt,
@@ -135,6 +136,23 @@ def text_options(
         is_stop_included=bool(body.include_stop_str_in_output),
         min_tokens=sampling.min_tokens,
     )
+
+
+def _check_drawable(sampling: SamplingParams, context: ServingContext) -> None:
+    """Something must be left to draw, at the first token too: no end counts before min_tokens."""
+    if not sampling.allowed_token_ids:
+        return
+    barred = set(sampling.bad_token_ids)
+    if sampling.min_tokens:
+        barred.update(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            barred.update(context.model.eos_token_ids)
+    if barred.issuperset(sampling.allowed_token_ids):
+        raise RequestError(
+            "allowed_token_ids leaves nothing to draw beside bad_words, and the tokens that end a "
+            "choice before min_tokens",
+            param="allowed_token_ids",
+        )
 
 
 def _check_logprobs(name: str, count: int, most: int) -> None:

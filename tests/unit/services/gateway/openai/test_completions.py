@@ -401,6 +401,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a biased token past the vocabulary": ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias"),
     "too much bias": ({"logit_bias": {"1": 101}}, "logit_bias"),
     "a bad word of several tokens": ({"bad_words": ["xyz"]}, "bad_words"),
+    "nothing allowed but the end, which must not come yet": (
+        {"allowed_token_ids": [EOS_ID], "min_tokens": 1},
+        "allowed_token_ids",
+    ),
     "a large seed": ({"seed": 2**63}, "seed"),
     "a schema": ({"response_format": {"type": "json_object"}}, "response_format"),
     "a guide": ({"guided_regex": "a+"}, "guided_regex"),
