@@ -97,6 +97,9 @@ class Pair:
             arena_dir=directory if tier == "shared" else None,
             slot_bytes=1 << 16,
             arena_bytes=1 << 20,
+            # both engines share a thread: while one computes, the other cannot move bytes
+            stall_s=PATIENCE_S / 2,
+            decide_s=PATIENCE_S,
         )
         self.streams = Streams()
         self.prefill_batches: list[Sequence[SequenceChunk]] = []

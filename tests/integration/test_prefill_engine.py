@@ -137,6 +137,9 @@ class Cluster:
                 arena_dir=directory if tier == "shared" else None,
                 slot_bytes=1 << 16,
                 arena_bytes=1 << 20,
+                # one thread turns both ends: while it computes, no byte moves
+                stall_s=PATIENCE_S / 2,
+                decide_s=PATIENCE_S,
             )
             for name in ("d0", "d1")
         }
