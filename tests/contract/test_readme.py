@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 NAMED = sorted(
-    set(re.findall(r"`([\w./-]+(?:\.py|/))`", README)) | set(re.findall(r"\]\(([\w./-]+)\)", README))
+    set(re.findall(r"`([\w./-]+(?:\.py|/))`", README))
+    | set(re.findall(r"\]\(([\w./-]+)\)", README))
 )
 
 
