@@ -36,7 +36,7 @@ class Fp4Experts:
 
 
 def can_pack(out_features: int, in_features: int) -> bool:
-    return not out_features % TILE and not in_features % SCALE_BLOCK
+    return not out_features % SCALE_BLOCK and not in_features % SCALE_BLOCK
 
 
 def pack_fp4_experts(parts: list[tuple[Tensor, Tensor]]) -> Fp4Experts:
