@@ -10,7 +10,8 @@ from scission.common.checkpoint.weights import Matrix, Shard, Weights
 from scission.common.errors import CheckpointError
 from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
 from scission.common.parallel.ranks import Axis
-from scission.kernels.quant import round_trip_fp8
+from scission.kernels.linear import can_run, linear_block_fp8
+from scission.kernels.quant import FP8_BLOCK, round_trip_fp8, scale_values
 
 
 def axis_shard(axis: Axis, dim: int, align: int = 1) -> Shard | None:
@@ -22,7 +23,8 @@ class Linear:
     """y = x Wᵀ for one matrix, or for several over the same input, whose outputs lie side by side.
 
     On the CPU the values are kept in the dtype of the activations, which holds them exactly; on
-    other devices the stored codes are kept, and decoded when used.
+    other devices the stored codes are kept, multiplied as they are where there is a kernel, and
+    else decoded when used.
     """
 
     def __init__(
@@ -45,6 +47,9 @@ class Linear:
         self._values = self._decode() if is_kept else None
         if is_kept:
             self._matrices = ()
+        self._fp8 = None if is_kept else _as_one_fp8(matrices, self._dtype)
+        if self._fp8 is not None:
+            self._matrices = (self._fp8,)
 
     @property
     def weight(self) -> Tensor:
@@ -53,12 +58,34 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_tokens, in] -> [num_tokens, out]."""
+        if self._fp8 is not None:
+            codes, scales = self._fp8.codes, self._fp8.scales
+            assert scales is not None
+            return linear_block_fp8(x, codes, scales, rounds_input=self._rounds_input)
         if self._rounds_input:
             x = round_trip_fp8(x, LINEAR_BLOCK)
         return F.linear(x, self.weight)
 
     def _decode(self) -> Tensor:
         return torch.cat([matrix.dequantize(self._dtype) for matrix in self._matrices])
+
+
+def _as_one_fp8(matrices: Sequence[Matrix], dtype: torch.dtype) -> Matrix | None:
+    """The matrices one below the other as the FP8 kernel takes them; None: it cannot."""
+    first = matrices[0]
+    if not can_run(first.codes.device, dtype, first.in_features):
+        return None
+    matrices = [matrix.by_block() for matrix in matrices]
+    # each begins a row of blocks of its own
+    if any(matrix.out_features % FP8_BLOCK for matrix in matrices[:-1]):
+        return None
+    scales = []
+    for matrix in matrices:
+        if matrix.kind != "fp8_block" or matrix.offset != (0, 0) or matrix.scales is None:
+            return None
+        scales.append(scale_values(matrix.scales))
+    codes = torch.cat([matrix.codes for matrix in matrices])
+    return Matrix("fp8_block", codes, torch.cat(scales), codes.shape[0], codes.shape[1])
 
 
 class ColumnParallelLinear(Linear):

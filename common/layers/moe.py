@@ -7,10 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scission.common.checkpoint.weights import Matrix, Weights
-from scission.common.layers.linear import axis_shard
+from scission.common.layers.linear import Linear, axis_shard
 from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
 from scission.common.parallel.ranks import Axis
-from scission.kernels.moe import ExpertWeights, gate, route, run_experts
+from scission.kernels.moe import (
+    ExpertWeights,
+    Fp4ExpertWeights,
+    can_run_fp4,
+    gate,
+    route,
+    run_experts,
+    run_fp4_experts,
+)
 from scission.kernels.quant import round_trip_fp8
 
 
@@ -93,6 +101,11 @@ class ExpertStack:
             x, experts, weights, values, self._limit, self._round_block, self._num_shared
         )
 
+    def apply_to_all(self, x: Tensor) -> Tensor:
+        """[num_tokens, dim] -> [num_tokens, dim] float32: the first expert, for every token."""
+        experts = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+        return self(x, experts, torch.ones_like(experts, dtype=torch.float32))
+
     def _decode(self) -> ExpertWeights:
         w1, w2, w3 = (
             torch.cat(
@@ -101,6 +114,41 @@ class ExpertStack:
             for parts in self._matrices
         )
         return ExpertWeights(w1, w3, w2)
+
+
+class Fp4ExpertStack:
+    """Gated experts that stay FP4 codes in memory; deployed numerics in bfloat16."""
+
+    def __init__(self, w1: Matrix, w2: Matrix, w3: Matrix, limit: float) -> None:
+        """
+        Args:
+            w1, w2, w3: stacked matrices [experts, out, in].
+            limit: of the activation.
+        """
+        self._weights = Fp4ExpertWeights(*(_stored(matrix) for matrix in (w1, w3, w2)))
+        self._limit = limit
+
+    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """[num_tokens, dim] -> [num_tokens, dim] float32: as `ExpertStack` without shared ones."""
+        return run_fp4_experts(x, experts, weights, self._weights, self._limit)
+
+
+class CodedExpert:
+    """One expert that every token takes, of matrices that stay codes in memory."""
+
+    def __init__(
+        self, w1: Matrix, w2: Matrix, w3: Matrix, limit: float, numerics: Numerics
+    ) -> None:
+        self._gate_up = Linear([w1, w3], numerics)
+        self._down = Linear([w2], numerics)
+        self._limit = limit
+
+    def apply_to_all(self, x: Tensor) -> Tensor:
+        """[num_tokens, dim] -> [num_tokens, dim] float32."""
+        a, b = self._gate_up(x).float().chunk(2, dim=-1)
+        # the gate is clipped from above only
+        inner = F.silu(a.clamp(max=self._limit)).mul_(b.clamp(-self._limit, self._limit))
+        return self._down(inner.to(x.dtype)).float()
 
 
 class MoE:
@@ -137,8 +185,16 @@ class MoE:
         self._first, last = shard.bounds(num_experts) if shard else (0, num_experts)
         self._num_local = last - self._first
         self._dtype = numerics.dtype
-        self._shared: ExpertStack | None = None
-        if axis.size == 1 and _rounds(w1, numerics) == _rounds(shared_w1, numerics):
+        self._experts: ExpertStack | Fp4ExpertStack
+        self._shared: ExpertStack | CodedExpert | None = None
+        if (
+            w1.kind == "fp4_group"
+            and numerics.rounds
+            and can_run_fp4(w.device, numerics.dtype, dim, inner)
+        ):
+            self._experts = Fp4ExpertStack(w1, w2, w3, limit)
+            self._shared = CodedExpert(shared_w1, shared_w2, shared_w3, limit, numerics)
+        elif axis.size == 1 and _rounds(w1, numerics) == _rounds(shared_w1, numerics):
             self._experts = ExpertStack(
                 (w1, shared_w1), (w2, shared_w2), (w3, shared_w3), limit, numerics, num_shared=1
             )
@@ -160,9 +216,13 @@ class MoE:
             is_mine = (experts >= 0) & (experts < self._num_local)
             experts, weights = experts * is_mine, weights * is_mine
         total = self._axis.all_reduce(self._experts(x, experts, weights))
-        one = torch.ones_like(weights[:, :1])
-        return (total + self._shared(x, torch.zeros_like(experts[:, :1]), one)).to(self._dtype)
+        return (total + self._shared.apply_to_all(x)).to(self._dtype)
 
 
 def _rounds(matrix: Matrix, numerics: Numerics) -> bool:
     return numerics.rounds and matrix.kind != "plain"
+
+
+def _stored(matrix: Matrix) -> tuple[Tensor, Tensor]:
+    assert matrix.scales is not None
+    return matrix.codes, matrix.scales.view(torch.uint8)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("test_linear.py", "test_fp4_experts.py", "test_dense_attention.py")
+FILES = ("test_linear.py", "test_fp4_experts.py", "test_dense_attention.py", "test_coded_layers.py")
 
 
 @pytest.mark.parametrize("name", FILES)
