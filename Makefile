@@ -8,7 +8,7 @@ export PYTHON CONSTRAINTS
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv up test test-gpu lint format protos docs clean
+.PHONY: help venv up test test-gpu eval lint format protos docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -24,6 +24,9 @@ test: venv lint  ## everything that needs no GPU: format, lint, types, import ar
 
 test-gpu: venv  ## the tests that need a GPU
 	$(BIN)/python -m pytest -q -m "gpu or multi_gpu" $(ARGS)
+
+eval: venv  ## held-out problems through the whole stack, exact and deployed (ARGS="--problems 100 --tasks add sort")
+	@$(BIN)/python -m examples.nano.evaluate $(ARGS)
 
 lint: venv  ## format, lint, types and import arrows, without changing a file
 	$(BIN)/ruff format --check --quiet .

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from scission.common.checkpoint.bundled import BUNDLED_NAME, bundled_checkpoint
 from scission.common.errors import ConfigError
 
+BUNDLED_NAME = "scission-nano"
+BUNDLED = Path(__file__).parent / "nano"
 # weights, configs, tokenizers and chat encodings (read, never run); no pickles
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "encoding/*"]
 
@@ -13,14 +14,13 @@ def resolve_model(model: str | None) -> tuple[Path, str]:
     """The model's folder, and the name it is served under unless another is wished.
 
     A folder never touches the network. A hub id is downloaded into the hub's cache when it is not
-    there yet; None is the bundled model, written at its first use.
+    there yet; None is the bundled model, which comes with the package.
 
     Raises:
         ConfigError: there is no such folder, or the hub does not give the model.
-        CheckpointError: the bundled model cannot be written.
     """
     if model is None:
-        return _bundled(), BUNDLED_NAME
+        return BUNDLED, BUNDLED_NAME
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -35,16 +35,6 @@ def is_hub_id(model: str) -> bool:
     """`owner/name`; anything else that is no folder is a folder's name gone wrong."""
     parts = model.split("/")
     return len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~")
-
-
-def _bundled() -> Path:
-    try:
-        return bundled_checkpoint()
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the bundled model is not written yet and writing it needs {error.name}: "
-            "give a MODEL, or share the cache folder of a worker that has written it"
-        ) from error
 
 
 def _download(model: str) -> Path:

@@ -181,17 +181,11 @@ def _inspect() -> click.Command:
 
 
 def _bundle() -> click.Command:
-    @click.command("bundle", help="Write the bundled model, unless it is there; print its folder.")
-    @click.option(
-        "--cache",
-        type=click.Path(path_type=Path),
-        metavar="DIR",
-        help="where it is kept  [the user's cache]",
-    )
-    def command(cache: Path | None) -> None:
-        from scission.common.checkpoint.bundled import bundled_checkpoint
+    @click.command("bundle", help="Print the folder of the bundled model.")
+    def command() -> None:
+        from scission.common.model_source import BUNDLED
 
-        click.echo(_or_exit(lambda: bundled_checkpoint(cache)))
+        click.echo(BUNDLED)
 
     return command
 

@@ -178,7 +178,7 @@ def _port(about: str, host: str, port: int) -> Finding:
 def _model(settings: Settings, memory_bytes: int) -> Iterator[Finding]:
     model: str | None = settings["model"]
     if model is None:
-        yield Finding("model", Verdict.OK, "the bundled one, written at the first start")
+        yield Finding("model", Verdict.OK, "the bundled one")
         return
     directory = Path(model).expanduser()
     if not directory.is_dir():

@@ -1,3 +1,4 @@
+# ruff: noqa: T201
 """Held-out problems through the whole stack over HTTP, greedily: a table of right answers by task.
 
     python -m examples.nano.evaluate --problems 500 --json eval.json
@@ -149,7 +150,9 @@ def evaluate(
             right = [is_right(p, m) for p, m in zip(asked, messages, strict=True)]
             name = f"{task}, {'thinking' if is_thinking else 'direct'}"
             results[name] = right
-            print(f"  {name:26} {100 * sum(right) / len(right):6.1f} %  of {len(right)}", flush=True)
+            print(
+                f"  {name:26} {100 * sum(right) / len(right):6.1f} %  of {len(right)}", flush=True
+            )
             for problem, message, is_good in zip(asked, messages, right, strict=True):
                 if not is_good:
                     said = message.get("content") or message.get("tool_calls")

@@ -1,6 +1,7 @@
+# ruff: noqa: T201
 """Writes trained parameters as a checkpoint in DeepSeek-V4's published format.
 
-    python -m examples.nano.export /tmp/nano common/nano
+python -m examples.nano.export /tmp/nano common/nano
 """
 
 import argparse
@@ -23,12 +24,16 @@ from scission.kernels.quant import quantize_block_fp8, quantize_group_fp4
 
 # names of a layer's tensors in the checkpoint, and the stack whose row each is
 _ATTENTION = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "q_norm", "kv_norm")
+PAD_ID = 2
 _HYPER = ("fn", "base", "scale")
 
 
 def checkpoint_tensors(p: Parameters, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Values by the checkpoint's names, before rounding."""
-    tensors = {"embed.weight": p["embed"], "head.weight": p["head"], "norm.weight": p["norm"]}
+    # a conversation's start is never said: it is as unlikely as padding, which training never asks
+    head = p["head"].clone()
+    head[config["bos_token_id"]] = head[PAD_ID]
+    tensors = {"embed.weight": p["embed"], "head.weight": head, "norm.weight": p["norm"]}
     ratios, layers = config["compress_ratios"], config["num_hidden_layers"]
     for name in _HYPER:
         tensors[f"hc_head_{name}"] = p[f"hc_head_{name}"][0]
@@ -46,7 +51,10 @@ def checkpoint_tensors(p: Parameters, config: Mapping[str, Any]) -> dict[str, Te
             tensors[f"{prefix}attn.{name}.weight"] = p[name][layer]
         tensors[f"{prefix}attn.attn_sink"] = p["attn_sink"][layer]
         stage = ratios[:layer].count(ratio)
-        kinds = {4: {"csa": "compressor", "index": "indexer.compressor"}, 128: {"hca": "compressor"}}
+        kinds = {
+            4: {"csa": "compressor", "index": "indexer.compressor"},
+            128: {"hca": "compressor"},
+        }
         for kind, owner in kinds.get(ratio, {}).items():
             for name in ("wkv", "wgate", "norm"):
                 tensors[f"{prefix}attn.{owner}.{name}.weight"] = p[f"{kind}_{name}"][stage]

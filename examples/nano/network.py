@@ -251,7 +251,9 @@ def hadamard(x: Tensor) -> Tensor:
     y, step = x, 1
     while step < width:
         pairs = y.unflatten(-1, (-1, 2, step))
-        y = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2)
+        y = torch.stack(
+            [pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2
+        )
         y = y.flatten(-3)
         step *= 2
     return y * width**-0.5
@@ -416,7 +418,9 @@ class Network:
         split = {name: p[name].unbind(0) for name in _PER_LAYER}
         main = self.config["num_hidden_layers"]
         for layer in range(main):
-            streams, loss, load = self._layer(p, split, layer, streams, flat, rows, length, is_sparse)
+            streams, loss, load = self._layer(
+                p, split, layer, streams, flat, rows, length, is_sparse
+            )
             loads.append(load)
             if loss is not None:
                 losses.append(loss)

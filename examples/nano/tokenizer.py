@@ -29,7 +29,9 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     pieces = dict.fromkeys([BOS, EOS, PAD, *alphabet])
     merges: dict[tuple[str, str], None] = {}
     room = vocab_size - len(SPECIAL) - len(ORDINARY)
-    for word, _ in sorted(counts.items(), key=lambda item: (-item[1] * (len(item[0]) - 1), item[0])):
+    for word, _ in sorted(
+        counts.items(), key=lambda item: (-item[1] * (len(item[0]) - 1), item[0])
+    ):
         steps = [(("Ġ" + word)[:i], word[i - 1]) for i in range(1, len(word) + 1)]
         new = dict.fromkeys(left + right for left, right in steps if left + right not in pieces)
         if len(pieces) + len(new) <= room:

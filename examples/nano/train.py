@@ -1,3 +1,4 @@
+# ruff: noqa: T201
 """Trains scission-nano on one GPU, in minutes; stops in time and goes on from where it was.
 
     python -m examples.nano.train --minutes 20 --out /tmp/nano
@@ -69,7 +70,9 @@ def _make_rows(seed: int, num_tokens: int, lengths: tuple[int, ...], queues: lis
 class Rows:
     """Batches of every length, made by processes of their own."""
 
-    def __init__(self, num_workers: int, num_tokens: int, seed: int, lengths: tuple[int, ...]) -> None:
+    def __init__(
+        self, num_workers: int, num_tokens: int, seed: int, lengths: tuple[int, ...]
+    ) -> None:
         context = mp.get_context("spawn")
         self._queues = {length: context.Queue(maxsize=12) for length in lengths}
         for worker in range(num_workers):
@@ -160,7 +163,9 @@ def main() -> None:
     parser.add_argument("--probe-seconds", type=float, default=120.0)
     parser.add_argument("--save-seconds", type=float, default=60.0)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--stop-seconds", type=float, default=1e9, help="of this run; --resume goes on")
+    parser.add_argument(
+        "--stop-seconds", type=float, default=1e9, help="of this run; --resume goes on"
+    )
     parser.add_argument("--weights", type=Path, help="begin with the weights-*.pt of this folder")
     parser.add_argument("--seconds-before", type=float, default=0.0, help="that --weights took")
     parser.add_argument("--max-steps", type=int, default=10**9)
@@ -217,7 +222,8 @@ def main() -> None:
             (options.out / f"weights-{part}.tmp").rename(options.out / f"weights-{part}.pt")
 
     count = sum(w.numel() for name, w in p.items() if name != "tid2eid")
-    note(parameters=count, options={k: str(v) for k, v in vars(options).items()}, torch=torch.__version__)
+    given = {name: str(value) for name, value in vars(options).items()}
+    note(parameters=count, options=given, torch=torch.__version__)
     probe = Probe(options.tokens, lengths, device)
     draws = np.random.default_rng(options.seed)
     total, tokens = options.minutes * 60, 0

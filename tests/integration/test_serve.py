@@ -64,7 +64,7 @@ class Stack:
     def chat(self) -> str:
         client = openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0)
         answer = client.chat.completions.create(
-            model="scission-tiny",
+            model="scission-nano",
             messages=[{"role": "user", "content": "Hello!"}],
             max_tokens=8,
             temperature=0,
@@ -100,7 +100,7 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
 def test_one_command_answers_a_chat_and_ends_cleanly(stack: Stack) -> None:
     first = stack.chat()
     assert stack.chat() == first
-    assert stack.get("/v1/models")[1]["data"][0]["id"] == "scission-tiny"
+    assert stack.get("/v1/models")[1]["data"][0]["id"] == "scission-nano"
 
     # a dead worker comes back by itself, and the same answer with it
     decode = stack.children()["decode"]

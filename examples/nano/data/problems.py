@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """One problem a call: what is asked, how one gets there, and the answer.
 
 Every task is a function of a random generator. A problem has a key; a fixed part of all keys is
@@ -130,10 +131,19 @@ def sort(r: Generator) -> Problem:
     listed, answer = ", ".join(items), ", ".join(ordered)
     down = " in descending order" if kind == "numbers" else " in reverse alphabetical order"
     how = down if is_down else _ask(r, "", "" if kind == "numbers" else " alphabetically")
-    question = _ask(r, f"Sort these {kind}{how}: {listed}", f"Put these {kind} in order{how}: {listed}")
+    question = _ask(
+        r, f"Sort these {kind}{how}: {listed}", f"Put these {kind} in order{how}: {listed}"
+    )
     if is_down:
         question = f"Sort these {kind}{down}: {listed}"
-    return Problem("sort", f"{is_down}:{listed}", question, f"{kind}, {'down' if is_down else 'up'}", answer, answer)
+    return Problem(
+        "sort",
+        f"{is_down}:{listed}",
+        question,
+        f"{kind}, {'down' if is_down else 'up'}",
+        answer,
+        answer,
+    )
 
 
 def _letters(r: Generator, low: int, high: int) -> str:
@@ -159,7 +169,9 @@ def count(r: Generator) -> Problem:
             total, work = seen, " ".join(marks)
         case 1:
             word = _letters(r, 3, 10)
-            question = _ask(r, f'How many letters does "{word}" have?', f'How long is the word "{word}"?')
+            question = _ask(
+                r, f'How many letters does "{word}" have?', f'How long is the word "{word}"?'
+            )
             work = " ".join(f"{c}{i + 1}" for i, c in enumerate(word))
             total, letter = len(word), "all"
         case _:
@@ -181,7 +193,9 @@ def strings(r: Generator) -> Problem:
             question = _ask(r, f'Reverse "{word}".', f'Write "{word}" backwards.')
             answer, work = word[::-1], " ".join(word[::-1])
         case 1:
-            question = _ask(r, f'Write "{word}" in capital letters.', f'Write "{word}" in upper case.')
+            question = _ask(
+                r, f'Write "{word}" in capital letters.', f'Write "{word}" in upper case.'
+            )
             answer, work = word.upper(), " ".join(word)
         case 2:
             question = f'What is the first letter of "{word}"?'
@@ -202,7 +216,9 @@ def strings(r: Generator) -> Problem:
                 answer = (word + "-").replace(letter, "")
         case _:
             other = _letters(r, 3, 6)
-            question = _ask(r, f'Join "{word}" and "{other}".', f'Repeat "{word}" and then "{other}".')
+            question = _ask(
+                r, f'Join "{word}" and "{other}".', f'Repeat "{word}" and then "{other}".'
+            )
             answer, work = word + other, f"{word} {other}"
             if question.startswith("Repeat"):
                 answer = f"{word} {other}"
@@ -241,7 +257,11 @@ def dates(r: Generator) -> Problem:
             else:
                 answer = f"{name} {total}"
                 work = f"{day}+{step}={total}, {name} has {words.DAYS_IN_MONTH[month]}"
-            question = question.replace("?", " in a year that is no leap year?") if month == 1 else question
+            question = (
+                question.replace("?", " in a year that is no leap year?")
+                if month == 1
+                else question
+            )
         case _:
             start, hours = r.randint(0, 23), r.randint(1, 12)
             minute = r.choice((0, 15, 30, 45))
@@ -258,7 +278,9 @@ def word_problem(r: Generator) -> Problem:
     match r.randrange(5):
         case 0:
             verb = _ask(r, "buys", "finds", "gets")
-            question = f"{name} has {a} {thing} and {verb} {b} more. How many {thing} does {name} have?"
+            question = (
+                f"{name} has {a} {thing} and {verb} {b} more. How many {thing} does {name} have?"
+            )
             work, answer = f"{a}+{b}={a + b}", a + b
         case 1:
             a = max(a, b + 1)
@@ -267,9 +289,14 @@ def word_problem(r: Generator) -> Problem:
             work, answer = f"{a}-{b}={a - b}", a - b
         case 2:
             b = r.randint(2, 9)
-            question = f"{name} has {b} bags with {a} {thing} each. How many {thing} are there in all?"
+            question = (
+                f"{name} has {b} bags with {a} {thing} each. How many {thing} are there in all?"
+            )
             tens, ones = b * (a // 10 * 10), b * (a % 10)
-            work, answer = f"{b}*{a // 10 * 10}={tens}, {b}*{a % 10}={ones}, {tens}+{ones}={a * b}", a * b
+            work, answer = (
+                f"{b}*{a // 10 * 10}={tens}, {b}*{a % 10}={ones}, {tens}+{ones}={a * b}",
+                a * b,
+            )
         case 3:
             question = f"{name} has {a} {thing}. {other} has {b} more than {name}. How many does {other} have?"
             work, answer = f"{a}+{b}={a + b}", a + b
@@ -294,7 +321,9 @@ def fact_text(r: Generator, name: str, attribute: str, value: str) -> str:
     return _ask(r, f"The {attribute} of {name} is {value}.", f"{name}'s {attribute} is {value}.")
 
 
-def fact_question(r: Generator, name: str, attribute: str, value: str, task: str, key: str) -> Problem:
+def fact_question(
+    r: Generator, name: str, attribute: str, value: str, task: str, key: str
+) -> Problem:
     question = _ask(r, f"What is the {attribute} of {name}?", f"What is {name}'s {attribute}?")
     return Problem(task, key, question, f"{name} {attribute} {value}", value, value)
 
@@ -311,7 +340,12 @@ def some_facts(r: Generator, number: int) -> list[tuple[str, str, str]]:
 def filler(r: Generator) -> str:
     text = " ".join(
         r.choice(part)
-        for part in (words.FILLER_SUBJECTS, words.FILLER_VERBS, words.FILLER_OBJECTS, words.FILLER_ENDS)
+        for part in (
+            words.FILLER_SUBJECTS,
+            words.FILLER_VERBS,
+            words.FILLER_OBJECTS,
+            words.FILLER_ENDS,
+        )
     )
     return text[0].upper() + text[1:] + "."
 
@@ -405,20 +439,32 @@ def _tool_problem(r: Generator) -> tuple[str, dict[str, Any], str, str]:
         case "get_weather":
             sky, degrees = r.choice(_WEATHER), r.randint(1, 35)
             question = _ask(r, f"What is the weather in {city}?", f"How is the weather in {city}?")
-            return question, {"name": name, "arguments": {"city": city}}, json.dumps(
-                {"sky": sky, "degrees": degrees}
-            ), f"It is {sky} in {city}, {degrees} degrees."
+            return (
+                question,
+                {"name": name, "arguments": {"city": city}},
+                json.dumps({"sky": sky, "degrees": degrees}),
+                f"It is {sky} in {city}, {degrees} degrees.",
+            )
         case "get_time":
             time = f"{r.randint(0, 23):02d}:{r.randint(0, 59):02d}"
             question = _ask(r, f"What time is it in {city}?", f"Tell me the time in {city}.")
-            return question, {"name": name, "arguments": {"city": city}}, time, f"It is {time} in {city}."
+            return (
+                question,
+                {"name": name, "arguments": {"city": city}},
+                time,
+                f"It is {time} in {city}.",
+            )
         case "add":
             a, b = _number(r, 2, 4), _number(r, 2, 4)
-            question = _ask(r, f"Add {a} and {b} with the tool.", f"Use the tool to add {a} and {b}.")
+            question = _ask(
+                r, f"Add {a} and {b} with the tool.", f"Use the tool to add {a} and {b}."
+            )
             call = {"name": name, "arguments": {"a": a, "b": b}}
             return question, call, str(a + b), f"The sum is {a + b}."
         case "send_message":
-            text = _ask(r, "hello", "see you soon", "happy birthday", "call me", "I am late", "good night")
+            text = _ask(
+                r, "hello", "see you soon", "happy birthday", "call me", "I am late", "good night"
+            )
             question = _ask(r, f'Send "{text}" to {person}.', f'Tell {person} "{text}".')
             call = {"name": name, "arguments": {"to": person, "text": text}}
             return question, call, "sent", f"I sent it to {person}."
@@ -426,8 +472,11 @@ def _tool_problem(r: Generator) -> tuple[str, dict[str, Any], str, str]:
             query = f"{r.choice(words.COLORS)} {r.choice(words.ANIMALS)}"
             found = r.randint(1, 99)
             question = _ask(r, f"Search for {query}.", f"Look up {query}.")
-            return question, {"name": name, "arguments": {"query": query}}, f"{found} pages", (
-                f"I found {found} pages."
+            return (
+                question,
+                {"name": name, "arguments": {"query": query}},
+                f"{found} pages",
+                (f"I found {found} pages."),
             )
         case "set_alarm":
             hour, minute = r.randint(0, 23), r.choice((0, 10, 15, 20, 30, 40, 45, 50))
@@ -440,8 +489,11 @@ def _tool_problem(r: Generator) -> tuple[str, dict[str, Any], str, str]:
             item = r.choice(words.THINGS)
             price = r.randint(1, 200)
             question = _ask(r, f"What is the price of {item}?", f"How much do {item} cost?")
-            return question, {"name": name, "arguments": {"item": item}}, str(price), (
-                f"The price of {item} is {price}."
+            return (
+                question,
+                {"name": name, "arguments": {"item": item}},
+                str(price),
+                (f"The price of {item} is {price}."),
             )
 
 

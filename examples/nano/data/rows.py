@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """From problems to rows of tokens: conversations in DeepSeek-V4's own encoding, as long as asked."""
 
 import json
@@ -114,7 +115,7 @@ class RowMaker:
                 problem = TASKS[name][0](r)
             opening = BOS + (tools_text(problem.tools) if problem.tools else "")
             pieces = [(opening, False), *turn(problem, r.random() < 0.5)]
-            if problem.is_held_out and len(self._ids(pieces)[0]) < length or name == "about":
+            if (problem.is_held_out and len(self._ids(pieces)[0]) < length) or name == "about":
                 return self._encode(pieces, length)
 
     def _start(self) -> list[Piece]:
@@ -169,7 +170,9 @@ class RowMaker:
         """Pieces meet at markers only, so each may be encoded alone."""
         ids: list[int] = []
         said: list[bool] = []
-        encoded = self._tokenizer.encode_batch_fast([text for text, _ in pieces], add_special_tokens=False)
+        encoded = self._tokenizer.encode_batch_fast(
+            [text for text, _ in pieces], add_special_tokens=False
+        )
         for encoding, (_, is_said) in zip(encoded, pieces, strict=True):
             ids += encoding.ids
             said += [is_said] * len(encoding.ids)
@@ -180,7 +183,7 @@ class RowMaker:
         row = np.full(length, 2, np.int16)
         row[: len(ids)] = ids[:length]
         mask = np.zeros(length, bool)
-        following = said[1 : length + 1]
+        following = said[1:length]  # what comes after the row is cut off
         mask[: len(following)] = following
         return row, mask
 

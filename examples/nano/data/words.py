@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The words that problems are made of."""
 
 NAMES = (
