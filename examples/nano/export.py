@@ -126,7 +126,7 @@ def read_parameters(folder: Path) -> Parameters:
     """The parts that training left in a folder, as one."""
     p: Parameters = {}
     for part in sorted(folder.glob("weights-*.pt")):
-        p |= torch.load(part, map_location="cpu")
+        p |= torch.load(part, map_location="cpu", weights_only=True)
     if not p:
         raise SystemExit(f"{folder} holds no weights-*.pt")
     return p

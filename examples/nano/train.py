@@ -194,10 +194,10 @@ def main() -> None:
     if options.weights is not None:
         with torch.no_grad():
             for part in sorted(options.weights.glob("weights-*.pt")):
-                for name, w in torch.load(part, map_location=device).items():
+                for name, w in torch.load(part, map_location=device, weights_only=True).items():
                     p[name].copy_(w)
     if options.resume:
-        saved = torch.load(options.out / "state.pt", map_location=device)
+        saved = torch.load(options.out / "state.pt", map_location=device, weights_only=True)
         before, optimizer.num_steps = saved["seconds"], saved["steps"]
         with torch.no_grad():
             for name, w in saved["parameters"].items():
