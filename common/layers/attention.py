@@ -1,12 +1,19 @@
-"""What attention layers share around the attention itself: the grouped output projection."""
+"""What attention layers share around the attention itself: projections to and from it."""
+
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from scission.common.checkpoint.matrix import Matrix
 from scission.common.checkpoint.weights import Weights
 from scission.common.layers.linear import ColumnParallelLinear, RowParallelLinear
 from scission.common.layers.numerics import Numerics
 from scission.common.parallel.ranks import Axis
+from scission.kernels.linear.rows import QuantizedRows
+
+Rows = Tensor | QuantizedRows
 
 
 class GroupedOutput:
@@ -47,3 +54,27 @@ class GroupedOutput:
         wo_a = self._wo_a.weight.view(-1, self._rank, self._group_dim).mT
         grouped = heads.reshape(num_tokens, -1, self._group_dim).transpose(0, 1)
         return self._wo_b(torch.bmm(grouped, wo_a).transpose(0, 1).flatten(1))
+
+
+class Float32Linear:
+    """y = x Wᵀ in float32, for several unquantised matrices over one input side by side.
+
+    The inputs are values of the activations' dtype: where that is bfloat16 and the weights stay in
+    it, products are exact in fp32, which is what they are summed in.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], dtype: torch.dtype) -> None:
+        """`dtype`: of the activations."""
+        weight = torch.cat([matrix.dequantize(torch.float32) for matrix in matrices])
+        is_narrow = dtype == torch.bfloat16 and weight.device.type != "cpu"
+        self._weight = weight.to(torch.bfloat16) if is_narrow else weight
+
+    def __call__(self, x: Rows) -> Tensor:
+        """[num_tokens, in] -> [num_tokens, out] float32."""
+        values = x.values if isinstance(x, QuantizedRows) else x
+        assert values is not None
+        if self._weight.dtype == torch.bfloat16:
+            from scission.kernels.linear import linear_bf16
+
+            return linear_bf16(values, self._weight, torch.float32)
+        return F.linear(values.float(), self._weight)

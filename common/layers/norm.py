@@ -14,9 +14,9 @@ class RMSNorm:
         self, w: Weights, name: str, dim: int, eps: float, *, is_zero_centered: bool = False
     ) -> None:
         weight = w.tensor(f"{name}.weight", (dim,), torch.bfloat16).float()
-        self._weight = weight + 1 if is_zero_centered else weight
-        self._eps = eps
+        self.weight = weight + 1 if is_zero_centered else weight
+        self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """[.., dim] -> [.., dim], fp32 inside."""
-        return rms_norm(x, self._weight, self._eps)
+        return rms_norm(x, self.weight, self.eps)

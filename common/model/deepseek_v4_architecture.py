@@ -20,7 +20,8 @@ from scission.common.model.config import (
     DeepseekV4Config,
     parse_config,
 )
-from scission.common.model.deepseek_v4 import DeepseekV4, cache_layout
+from scission.common.model.deepseek_v4 import DeepseekV4
+from scission.common.model.deepseek_v4_state import cache_layout
 
 _LAYERS = {
     DENSE: "sliding window only",

@@ -14,7 +14,8 @@ from scission.common.errors import CheckpointError, ConfigError
 from scission.common.layers.numerics import Numerics
 from scission.common.model.batch import SequenceChunk, build_batch
 from scission.common.model.config import parse_config
-from scission.common.model.deepseek_v4 import cache_layout, layer_groups
+from scission.common.model.deepseek_v4 import layer_groups
+from scission.common.model.deepseek_v4_state import cache_layout
 from scission.common.model.load import LoadedModel, load_model
 from tests.one_process import CPU, OneProcess
 from tests.reference_checkpoint import tiny_config

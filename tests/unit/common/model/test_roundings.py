@@ -15,6 +15,7 @@ from scission.common.layers.numerics import Numerics
 from scission.common.model.batch import SequenceChunk, build_batch
 from scission.common.model.config import parse_config
 from scission.common.model.deepseek_v4 import Indexer
+from scission.common.model.deepseek_v4_step import ListedStep
 from scission.common.model.step_plan import PlanGeometry, plan_step
 from scission.common.parallel.ranks import Axis
 from scission.kernels.indexer import hadamard
@@ -89,7 +90,8 @@ def test_the_indexer_rounds_its_queries_after_rope_and_hadamard(
     plan = plan_step(build_batch([chunk], CPU), geometry)
     qr, head_weights = torch.randn(num_tokens, 96), torch.randn(num_tokens, 16)
     keys = round_trip_fp4(torch.randn(64, 32), 32)
-    picked = indexer(qr, head_weights, plan, keys)
+    picked = indexer(qr, head_weights, ListedStep(plan, 16, DEPLOYED), keys)
+    assert picked is not None
 
     q = round_trip_fp8(qr, 128) @ state["layers.2.attn.indexer.wq_b.weight"].mT
     q = rotate_(q.view(num_tokens, 16, 32), plan.compressed_rotation.forward)

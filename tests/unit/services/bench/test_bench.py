@@ -14,7 +14,7 @@ from scission.common.checkpoint.write_deepseek_v4 import write_random_deepseek_v
 from scission.common.errors import ConfigError
 from scission.common.layers.numerics import Numerics
 from scission.common.model.config import parse_config
-from scission.common.model.deepseek_v4 import cache_layout
+from scission.common.model.deepseek_v4_state import cache_layout
 from scission.common.model.registry import find_architecture
 from scission.services.bench.decode import command as bench_decode
 from scission.services.bench.floor import (
