@@ -93,7 +93,7 @@ class Runner:
         for chunk in chunks:
             for snapshot in chunk.snapshots:
                 self.storage.copy_slot(chunk.slot, snapshot.slot)
-        batch = build_batch(chunks, self.storage.device)
+        batch = build_batch(chunks, self.storage.device, self.storage.layout.block_size)
         return self._model.forward(batch, self.storage, on_layers)
 
     def warm_up(self, num_tokens: int) -> None:
