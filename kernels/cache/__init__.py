@@ -1,10 +1,14 @@
-"""Rows of a pool (a layer's ring slots or blocks, flattened), written and read by row number."""
+"""Rows of a pool (a layer's ring slots or blocks, flattened): by row number as a host plans them
+(`write_rows_`, `recent_rows`), or by where a batch lies on the device (`write_ring_`,
+`write_paged_`).
+"""
 
 from torch import Tensor
 
 from scission.kernels.cache import reference
+from scission.kernels.places import Places
 
-__all__ = ["recent_rows", "write_rows_"]
+__all__ = ["recent_rows", "write_paged_", "write_ring_", "write_rows_"]
 
 
 def write_rows_(pool: Tensor, rows: Tensor, values: Tensor, tokens: Tensor | None = None) -> None:
@@ -40,3 +44,35 @@ def recent_rows(
         [r + num_tokens (+ 1), width].
     """
     return reference.recent_rows(pool, rows, fresh, initial)
+
+
+def write_ring_(ring: Tensor, values: Tensor, size: int, places: Places) -> None:
+    """ring[slot * size + position % size] = the position's row, in place, for every writer's
+    last `size` positions of this step; of padding nothing.
+
+    Args:
+        ring: [num_slots * size, width].
+        values: [num_tokens, width] of the ring's dtype.
+    """
+    _check_values(ring, values, places)
+    reference.write_ring_(ring, values, size, places)
+
+
+def write_paged_(pool: Tensor, values: Tensor, places: Places) -> None:
+    """Write every token's row to where its sequence's block table says, in place; of padding
+    nothing.
+
+    Args:
+        pool: [num_blocks * places.block_size, width].
+        values: [num_tokens, width] of the pool's dtype.
+    """
+    _check_values(pool, values, places)
+    reference.write_paged_(pool, values, places)
+
+
+def _check_values(pool: Tensor, values: Tensor, places: Places) -> None:
+    if values.dtype != pool.dtype or values.shape != (places.num_tokens, pool.shape[1]):
+        raise ValueError(
+            f"values {list(values.shape)} {values.dtype} do not fit {places.num_tokens} tokens "
+            f"and a pool {list(pool.shape)} {pool.dtype}"
+        )
