@@ -1,11 +1,15 @@
-"""Attention over listed rows, a sliding window and compressed entries together, with a sink."""
+"""Attention over a sliding window and compressed entries together, with a sink.
+
+`attend` takes rows that the host has listed; `attend_sparse` finds them by the batch's places.
+"""
 
 import torch
 from torch import Tensor
 
 from scission.kernels.attention import reference
+from scission.kernels.places import Places
 
-__all__ = ["attend"]
+__all__ = ["attend", "attend_sparse"]
 
 
 def attend(
@@ -46,3 +50,61 @@ def attend(
             f"q {list(q.shape)} does not fit sink {list(sink.shape)}, window {list(window.shape)}"
         )
     return reference.attend(q, window, window_rows, entries, entry_rows, bias, sink, scale)
+
+
+def attend_sparse(
+    q: Tensor,
+    kv: Tensor,
+    ring: Tensor,
+    window: int,
+    entries: Tensor | None,
+    picks: Tensor | None,
+    ratio: int,
+    sink: Tensor,
+    scale: float,
+    inverse: Tensor,
+    places: Places,
+) -> Tensor:
+    """`attend` for every token of a batch, the outputs turned back; nothing asked of the host.
+
+    A query at position p sees the window's positions (p - window, p] and the entries of its
+    picks or, without picks, every entry e < (p + 1) // ratio of its sequence. A window position
+    from the chunk's start on is read from `kv`, an earlier one from the ring, which may hold the
+    chunk's rows already only where nothing a query still sees was overwritten: of chunks of one
+    token. Padding gives zeros; rows that no query sees may hold anything.
+
+    Args:
+        q: [num_tokens, num_heads, dim], normalised and turned.
+        kv: [num_tokens, dim]: this step's rows, key and value in one.
+        ring: [slots * window, dim]: row slot * window + position % window.
+        entries: [pool rows, dim]: entry e of a sequence lies in its block e // n, n = block_size //
+            ratio, at row block * n + e % n; None exactly where ratio is 0: the window alone.
+        picks: [num_tokens, k] int32 rows of entries, -1 from each row's end on.
+        ratio: tokens of an entry, which divides the block size.
+        sink: [num_heads] float32, one more logit of each head's denominator, not scaled.
+        scale: of the scores.
+        inverse: [num_tokens, rope_dim / 2] complex64, turns the outputs' last channels.
+
+    Returns:
+        [num_tokens, num_heads, dim] of q's dtype, contiguous; all between is fp32.
+    """
+    num_tokens, num_heads, dim = q.shape
+    if num_tokens != places.num_tokens or kv.shape != (num_tokens, dim):
+        raise ValueError(
+            f"q {list(q.shape)} and kv {list(kv.shape)} do not fit {places.num_tokens} tokens"
+        )
+    if sink.shape != (num_heads,) or sink.dtype != torch.float32:
+        raise ValueError(f"sink must be [{num_heads}] float32, got {list(sink.shape)}")
+    if ring.shape[1:] != (dim,) or ring.shape[0] % window:
+        raise ValueError(f"ring {list(ring.shape)} does not hold windows of {window} rows of {dim}")
+    if (entries is None) != (ratio == 0) or (entries is None and picks is not None):
+        raise ValueError(f"entries come with their ratio, picks with entries; ratio is {ratio}")
+    if ratio and places.block_size % ratio:
+        raise ValueError(f"blocks of {places.block_size} tokens hold no whole entries of {ratio}")
+    if picks is not None and (picks.shape[0] != num_tokens or picks.dtype != torch.int32):
+        raise ValueError(f"picks must be [{num_tokens}, k] int32, got {list(picks.shape)}")
+    if inverse.shape[0] != num_tokens or 2 * inverse.shape[1] > dim:
+        raise ValueError(f"inverse {list(inverse.shape)} does not fit q {list(q.shape)}")
+    return reference.attend_sparse(
+        q, kv, ring, window, entries, picks, ratio, sink, scale, inverse, places
+    )

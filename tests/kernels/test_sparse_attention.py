@@ -1,0 +1,172 @@
+"""Sparse attention by places: the reference by listed rows, the kernel by the reference."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from scission.kernels.attention import attend, attend_sparse
+from scission.kernels.places import Places
+from scission.kernels.rope import rotate_, rotations
+from scission.kernels.testing import relative_error
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_heads: int
+    dim: int
+    rope_dim: int
+    window: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch's state with everything that no query may see poisoned, and what it should see."""
+
+    q: Tensor
+    kv: Tensor
+    ring: Tensor
+    entries: Tensor | None
+    picks: Tensor | None
+    ratio: int
+    sink: Tensor
+    inverse: Tensor
+    places: Places
+    # of every token, the rows it sees
+    keys: list[Tensor]
+
+    def attend_sparse(self, shape: Shape) -> Tensor:
+        return attend_sparse(
+            self.q, self.kv, self.ring, shape.window, self.entries, self.picks, self.ratio,
+            self.sink, shape.dim**-0.5, self.inverse, self.places,
+        )  # fmt: skip
+
+
+def make_case(
+    chunks: list[tuple[int, int]],
+    shape: Shape,
+    ratio: int,
+    top_k: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_padding: int = 0,
+) -> Case:
+    """A sequence per (start, tokens) of `chunks`, then padding of one token each."""
+    window, dim = shape.window, shape.dim
+    is_single = all(count == 1 for _, count in chunks)
+    counts = [count for _, count in chunks] + [1] * num_padding
+    ends = [start + count for start, count in chunks]
+    max_context = max(ends)
+    num_seqs, num_tokens = len(counts), sum(counts)
+    num_blocks = -(-max_context // shape.block_size)
+    # block 0 and slot 0 are padding's
+    blocks = (torch.randperm(num_seqs * num_blocks) + 1).view(num_seqs, num_blocks)
+    slots = torch.randperm(num_seqs) + 1
+    blocks[len(chunks) :], slots[len(chunks) :] = 0, 0
+    ring = torch.full(((num_seqs + 1) * window, dim), NAN, dtype=dtype)
+    kv = torch.full((num_tokens, dim), NAN, dtype=dtype)
+    rows_per_block = shape.block_size // ratio if ratio else 0
+    entries = torch.full(((num_seqs * num_blocks + 1) * rows_per_block, dim), NAN, dtype=dtype)
+    picks = torch.full((num_tokens, top_k), -1, dtype=torch.int32) if top_k is not None else None
+    positions = torch.full((num_tokens,), -1)
+    sequences = torch.arange(num_seqs).repeat_interleave(torch.tensor(counts))
+    firsts = torch.tensor([0, *counts]).cumsum(0)
+    keys: list[Tensor] = [kv[:0]] * num_tokens
+    for i, (start, count) in enumerate(chunks):
+        low = max(0, start - window + 1)
+        recent = torch.randn(start + count - low, dim).to(dtype)
+        first = int(firsts[i])
+        kv[first : first + count] = recent[start - low :]
+        for position in range(low, start):
+            ring[int(slots[i]) * window + position % window] = recent[position - low]
+        if is_single:
+            ring[int(slots[i]) * window + start % window] = recent[-1]
+        num_entries = (start + count) // ratio if ratio else 0
+        numbers = torch.arange(num_entries)
+        rows = numbers
+        if num_entries:
+            rows = blocks[i, numbers // rows_per_block] * rows_per_block + numbers % rows_per_block
+            entries[rows] = torch.randn(num_entries, dim).to(dtype)
+        for token in range(count):
+            position = start + token
+            positions[first + token] = position
+            seen = rows[: (position + 1) // ratio] if ratio else rows[:0]
+            if picks is not None and top_k is not None:
+                seen = seen[torch.randperm(len(seen))[:top_k]]
+                picks[first + token, : len(seen)] = seen.int()
+            recent_seen = recent[max(0, position - window + 1) - low : position - low + 1]
+            keys[first + token] = torch.cat([recent_seen, entries[seen]])
+    num_real = len(chunks)
+    frequencies = 10000.0 ** -torch.linspace(0, 1, shape.rope_dim // 2)
+    places = Places(
+        positions=positions.to(device),
+        sequences=sequences.to(device),
+        cu_seqlens=firsts.int().to(device),
+        context_lens=torch.tensor([*ends, *[0] * num_padding], dtype=torch.int32).to(device),
+        block_tables=blocks.to(device),
+        slots=slots.to(device),
+        writer_sequences=torch.arange(num_real).to(device),
+        writer_slots=slots[:num_real].to(device),
+        writer_ends=torch.tensor(ends).to(device),
+        block_size=shape.block_size,
+        is_single=is_single,
+        max_tokens=max(counts),
+        max_context=max_context,
+    )
+    return Case(
+        q=torch.randn(num_tokens, shape.num_heads, dim).to(device, dtype),
+        kv=kv.to(device),
+        ring=ring.to(device),
+        entries=entries.to(device) if ratio else None,
+        picks=picks.to(device) if picks is not None else None,
+        ratio=ratio,
+        sink=torch.randn(shape.num_heads).to(device),
+        inverse=rotations(positions, frequencies).conj_physical().to(device),
+        places=places,
+        keys=[seen.to(device) for seen in keys],
+    )
+
+
+SMALL = Shape(num_heads=3, dim=32, rope_dim=8, window=8, block_size=16)
+# (start, tokens) of each sequence, padding
+BATCHES = {
+    "first token": ([(0, 1)], 0),
+    "single tokens": ([(3, 1), (0, 1), (39, 1), (7, 1), (8, 1)], 0),
+    "single tokens and padding": ([(20, 1), (100, 1)], 3),
+    "whole prompt": ([(0, 21)], 0),
+    "later chunks": ([(5, 12), (31, 9), (64, 3)], 0),
+    "mixed with padding": ([(0, 9), (40, 1), (17, 20)], 2),
+}
+# ratio, picks
+KINDS = {
+    "window alone": (0, None),
+    "every entry": (4, None),
+    "one entry a block": (16, None),
+    "picks": (4, 6),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_places_name_the_keys_that_positions_see(batch: str, kind: str) -> None:
+    chunks, num_padding = BATCHES[batch]
+    ratio, top_k = KINDS[kind]
+    case = make_case(
+        chunks, SMALL, ratio, top_k, torch.float32, torch.device("cpu"), num_padding=num_padding
+    )
+    out = case.attend_sparse(SMALL)
+    for token, keys in enumerate(case.keys):
+        if not len(keys):
+            assert not out[token].any()
+            continue
+        rows = torch.arange(len(keys)).unsqueeze(0)
+        expected = attend(
+            case.q[token : token + 1], keys, rows, None, None, torch.zeros(1, len(keys)),
+            case.sink, SMALL.dim**-0.5,
+        )  # fmt: skip
+        rotate_(expected, case.inverse[token : token + 1])
+        assert relative_error(out[token], expected[0]) <= 1e-5
