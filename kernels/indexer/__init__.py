@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from scission.kernels.indexer import reference
+from scission.kernels.places import Places
 
-__all__ = ["hadamard", "pick_rows", "score_entries"]
+__all__ = ["hadamard", "pick_entries", "pick_rows", "score_entries", "top_k"]
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -57,3 +58,64 @@ def pick_rows(scores: Tensor, rows: Tensor, sequences: Tensor, top_k: int) -> Te
     if not 0 < top_k <= scores.shape[1]:
         raise ValueError(f"top_k must be within 1 .. {scores.shape[1]}, got {top_k}")
     return reference.pick_rows(scores, rows, sequences, top_k)
+
+
+def pick_entries(
+    q: Tensor, weights: Tensor, keys: Tensor, top_k: int, ratio: int, places: Places
+) -> Tensor:
+    """The entries a query attends to: those of the largest sum_h weights_h * max(0, q_h . key).
+
+    A query at position p sees the (p + 1) // ratio first entries of its sequence; where these are
+    top_k at most it attends to all, and nothing is scored. Of equal scores the lowest entry wins.
+    Entry e lies in row block_table[e // n] * n + e % n of the pool, n = block_size / ratio.
+
+    Args:
+        q: [num_tokens, num_heads, dim], rotated, transformed and rounded as the keys are.
+        weights: [num_tokens, num_heads] float32, any sign.
+        keys: [pool rows, dim] of q's dtype; rows of entries that no query sees are never read.
+        ratio: tokens an entry.
+
+    Returns:
+        [num_tokens, top_k] int32 pool rows in the order of their entries, then -1.
+    """
+    if q.ndim != 3 or weights.shape != q.shape[:2] or places.positions.shape != q.shape[:1]:
+        raise ValueError(
+            f"q {list(q.shape)}, weights {list(weights.shape)} and "
+            f"{places.num_tokens} positions do not fit"
+        )
+    if keys.ndim != 2 or keys.shape[1] != q.shape[2] or keys.dtype != q.dtype:
+        raise ValueError(
+            f"keys must be [rows, {q.shape[2]}] {q.dtype}, got {list(keys.shape)} {keys.dtype}"
+        )
+    if weights.dtype != torch.float32:
+        raise ValueError(f"weights must be float32, got {weights.dtype}")
+    if top_k < 1 or ratio < 1 or places.block_size % ratio:
+        raise ValueError(
+            f"top_k {top_k} and ratio {ratio} must be positive, and ratio divide "
+            f"the block size {places.block_size}"
+        )
+    return reference.pick_entries(q, weights, keys, top_k, ratio, places)
+
+
+def top_k(scores: Tensor, lengths: Tensor, k: int) -> Tensor:
+    """The columns of each row's k largest scores; of equal scores the lowest column wins.
+
+    Args:
+        scores: [num_rows, max_length] float32, no NaN; what lies past a row's length is not read.
+        lengths: [num_rows] int32.
+        k: any number; it may exceed the lengths.
+
+    Returns:
+        [num_rows, k] int32, ascending; where a row is shorter than k, -1 follows its columns.
+    """
+    if scores.ndim != 2 or scores.dtype != torch.float32:
+        raise ValueError(
+            f"scores must be [rows, columns] float32, got {list(scores.shape)} {scores.dtype}"
+        )
+    if lengths.shape != scores.shape[:1] or lengths.dtype != torch.int32:
+        raise ValueError(
+            f"lengths must be [{scores.shape[0]}] int32, got {list(lengths.shape)} {lengths.dtype}"
+        )
+    if k < 1:
+        raise ValueError(f"k must be positive, got {k}")
+    return reference.top_k(scores, lengths, k)

@@ -1,9 +1,12 @@
 """The lightning indexer in plain PyTorch: the definition."""
 
 import functools
+import itertools
 
 import torch
 from torch import Tensor
+
+from scission.kernels.places import Places
 
 # gathered key elements of one tile of tokens: 32 MiB in fp32
 _TILE_ELEMENTS = 1 << 23
@@ -43,6 +46,43 @@ def pick_rows(scores: Tensor, rows: Tensor, sequences: Tensor, top_k: int) -> Te
     # a stable sort keeps the lower of two equal entries first, which topk does not promise
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :top_k]
     return rows[sequences.unsqueeze(1), order]
+
+
+def top_k(scores: Tensor, lengths: Tensor, k: int) -> Tensor:
+    num_columns = scores.shape[1]
+    columns = torch.arange(max(num_columns, k), device=scores.device)
+    scores = scores.masked_fill(columns[:num_columns] >= lengths.unsqueeze(1), float("-inf"))
+    # of equal scores the lowest column stands first, and so do those within the row
+    best = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    best = torch.nn.functional.pad(best, (0, columns.shape[0] - num_columns))[:, :k]
+    is_absent = columns[:k] >= lengths.unsqueeze(1)
+    picks = best.masked_fill(is_absent, num_columns).sort(dim=1).values
+    return picks.masked_fill(is_absent, -1).int()
+
+
+def pick_entries(
+    q: Tensor, weights: Tensor, keys: Tensor, k: int, ratio: int, places: Places
+) -> Tensor:
+    picks = torch.full((q.shape[0], k), -1, dtype=torch.int32, device=q.device)
+    visible = (places.positions + 1) // ratio
+    rows_per_block = places.block_size // ratio
+    bounds = places.cu_seqlens.tolist()
+    for sequence, (start, end) in enumerate(itertools.pairwise(bounds)):
+        num_entries = int(visible[start:end].max()) if end > start else 0
+        if not num_entries:
+            continue
+        entries = torch.arange(num_entries, device=q.device)
+        blocks = places.block_tables[sequence, entries // rows_per_block]
+        rows = blocks * rows_per_block + entries % rows_per_block
+        own = keys.index_select(0, rows).float().unsqueeze(0)
+        tile = max(_TILE_ELEMENTS // (num_entries * q.shape[1]), 1)
+        for first in range(start, end, tile):
+            part = slice(first, min(first + tile, end))
+            bias = torch.zeros(part.stop - first, num_entries, device=q.device)
+            scores = _score(q[part].float(), weights[part], own, bias)
+            best = top_k(scores, visible[part], k)
+            picks[part] = torch.where(best < 0, -1, rows[best.clamp_min(0)]).int()
+    return picks
 
 
 @functools.cache
