@@ -6,11 +6,12 @@ functions that the launchers themselves pick from.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from scission.kernels.dense_attention import listed_rows
 from scission.kernels.dense_attention.key_rows import TILE_QUERIES
 from scission.kernels.linear import block_fp8, quantize_input
+from scission.kernels.linear.rows import Scaling
 from scission.kernels.moe import group_rows, grouped_fp4
 from scission.kernels.target import Target
 
@@ -46,20 +47,23 @@ def launches(target: Target) -> Iterator[Launch]:
 
 
 def _linear(target: Target) -> Iterator[Launch]:
-    yield Launch(
-        quantize_input.quantize_input_kernel,
-        {
-            "x_ptr": "*bf16",
-            "codes_ptr": "*fp8e4nv",
-            "scales_ptr": "*fp32",
-            "num_blocks": "i32:16",
-            "stride_x_row": "i32:16",
-        },
-        {"BLOCKS": quantize_input.BLOCKS},
-        quantize_input.NUM_WARPS,
-    )
+    for scaling in get_args(Scaling):
+        yield Launch(
+            quantize_input.quantize_input_kernel,
+            {
+                "x_ptr": "*bf16",
+                "static_scale_ptr": "*fp32",
+                "codes_ptr": "*fp8e4nv",
+                "scales_ptr": "*fp32",
+                "num_blocks": "i32:16",
+                "stride_x_row": "i32:16",
+            },
+            {"BLOCKS": quantize_input.BLOCKS, "SCALING": scaling},
+            quantize_input.NUM_WARPS,
+        )
     for tile in block_fp8.tiles(target):
-        for is_quantized in (True, False):
+        for kind in ("values", "blocks", "static"):
+            is_quantized = kind != "values"
             # whole sums are stored as bf16, partial ones as fp32
             for out_type in ("*bf16", "*fp32"):
                 yield Launch(
@@ -74,12 +78,14 @@ def _linear(target: Target) -> Iterator[Launch]:
                         "out_features": "i32:16",
                         "num_blocks": "i32:16",
                         "blocks_per_split": "i32",
+                        "group_size": "i32:16",
                         "stride_x_row": "i32:16",
+                        "stride_x_group": "i32:16",
                     },
                     {
                         "BLOCK_N": tile.block_n,
                         "BLOCK_M": tile.block_m,
-                        "IS_QUANTIZED": is_quantized,
+                        "INPUT": kind,
                         "DOT_TYPE": block_fp8.dot_type(target, is_quantized=is_quantized),
                         "NUM_STAGES": tile.num_stages,
                     },

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scission.common.checkpoint.weights import Matrix, Weights
-from scission.common.layers.linear import axis_shard
+from scission.common.layers.linear import axis_shard, input_scaling
 from scission.common.layers.mlp import GatedMLP
 from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
 from scission.common.parallel.ranks import Axis, Ranks
@@ -17,7 +17,12 @@ from scission.kernels.gated_experts import (
     route_sigmoid,
     run_gated_experts,
 )
-from scission.kernels.linear import can_run, linear_block_fp8
+from scission.kernels.linear import (
+    can_run,
+    linear_block_fp8,
+    quantize_rows,
+    round_trip_rows,
+)
 from scission.kernels.quant import FP8_BLOCK, scale_values
 
 
@@ -80,8 +85,8 @@ class FlatExperts:
         self._first, last = whole.bounds(num_experts) if whole else (0, num_experts)
         self._num_local = last - self._first
         self._limit = limit
-        self._gate_up = _products([gate, up], numerics.dtype)
-        self._down = _products([down], numerics.dtype)
+        self._gate_up = _products([gate, up], numerics)
+        self._down = _products([down], numerics)
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """This rank's share of the sum, [num_tokens, dim] float32.
@@ -97,18 +102,35 @@ class FlatExperts:
         )
 
 
-def _products(parts: Sequence[Matrix], dtype: torch.dtype) -> ExpertProducts:
-    """Of the stacks one below the other: values on the CPU, codes where there is a kernel."""
+def _products(parts: Sequence[Matrix], numerics: Numerics) -> ExpertProducts:
+    """Of the stacks one below the other: values on the CPU, codes where there is a kernel.
+
+    Each rounds its input as `Linear` does.
+    """
+    scaling, static_scale = input_scaling(parts) if numerics.rounds else (None, None)
+    if _has_kernel(parts, numerics.dtype):
+        blocks = [part.by_block() for part in parts]
+        codes = torch.cat([block.codes for block in blocks], dim=1)
+        scales = torch.cat([scale_values(b.scales) for b in blocks if b.scales is not None], dim=1)
+
+        def multiply_codes(expert: int, x: Tensor) -> Tensor:
+            rows = x if scaling is None else quantize_rows(x, scaling, static_scale)
+            return linear_block_fp8(rows, codes[expert], scales[expert])
+
+        return multiply_codes
+    multiply = _decoded_products(parts, numerics.dtype)
+    if scaling is None:
+        return multiply
+    return lambda expert, x: multiply(expert, round_trip_rows(x, scaling, static_scale))
+
+
+def _decoded_products(parts: Sequence[Matrix], dtype: torch.dtype) -> ExpertProducts:
+    """Of unrounded inputs; decoded once on the CPU, elsewhere when used."""
     if parts[0].codes.device.type == "cpu":
         return products_of(torch.cat([part.dequantize(dtype) for part in parts], dim=1))
-    if not _has_kernel(parts, dtype):
-        return lambda expert, x: F.linear(
-            x, torch.cat([part.expert(expert).dequantize(dtype) for part in parts])
-        )
-    blocks = [part.by_block() for part in parts]
-    codes = torch.cat([block.codes for block in blocks], dim=1)
-    scales = torch.cat([scale_values(b.scales) for b in blocks if b.scales is not None], dim=1)
-    return lambda expert, x: linear_block_fp8(x, codes[expert], scales[expert], rounds_input=False)
+    return lambda expert, x: F.linear(
+        x, torch.cat([part.expert(expert).dequantize(dtype) for part in parts])
+    )
 
 
 def _has_kernel(parts: Sequence[Matrix], dtype: torch.dtype) -> bool:

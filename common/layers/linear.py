@@ -8,10 +8,18 @@ from torch import Tensor
 
 from scission.common.checkpoint.weights import Matrix, Shard, Weights
 from scission.common.errors import CheckpointError
-from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
+from scission.common.layers.numerics import Numerics
 from scission.common.parallel.ranks import Axis
-from scission.kernels.linear import can_run, linear_block_fp8
-from scission.kernels.quant import FP8_BLOCK, round_trip_fp8, scale_values
+from scission.kernels.linear import (
+    QuantizedRows,
+    Scaling,
+    can_run,
+    linear_bf16,
+    linear_block_fp8,
+    quantize_rows,
+    round_trip_rows,
+)
+from scission.kernels.quant import FP8_BLOCK, scale_values
 
 
 def axis_shard(axis: Axis, dim: int, align: int = 1) -> Shard | None:
@@ -22,9 +30,9 @@ def axis_shard(axis: Axis, dim: int, align: int = 1) -> Shard | None:
 class Linear:
     """y = x Wᵀ for one matrix, or for several over the same input, whose outputs lie side by side.
 
-    On the CPU the values are kept in the dtype of the activations, which holds them exactly; on
-    other devices the stored codes are kept, multiplied as they are where there is a kernel, and
-    else decoded when used.
+    On the CPU the values are kept in the dtype of the activations, which holds those of FP4 and of
+    power-of-two scales exactly; on other devices the stored codes are kept, multiplied as they are
+    where there is a kernel, and else decoded when used.
     """
 
     def __init__(
@@ -42,7 +50,12 @@ class Linear:
             raise CheckpointError(f"matrices of one input must be all quantised or none: {kinds}")
         self._matrices = tuple(matrices)
         self._dtype = numerics.dtype
-        self._rounds_input = rounds_input and numerics.rounds and quantised.pop()
+        rounds = rounds_input and numerics.rounds
+        scaling, static_scale = input_scaling(matrices) if rounds else (None, None)
+        # how the input is rounded; None: it is multiplied as it is
+        self.scaling: Scaling | None = scaling
+        # [] float32, with "static"
+        self.static_scale: Tensor | None = static_scale
         is_kept = matrices[0].codes.device.type == "cpu"
         self._values = self._decode() if is_kept else None
         if is_kept:
@@ -56,18 +69,57 @@ class Linear:
         """[out, in] of the activations' dtype."""
         return self._values if self._values is not None else self._decode()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[num_tokens, in] -> [num_tokens, out]."""
+    @property
+    def fp8(self) -> tuple[Tensor, Tensor] | None:
+        """Codes [out, in] and float32 scales of 128 x 128 blocks, where a kernel takes them."""
+        if self._fp8 is None or self._fp8.scales is None:
+            return None
+        return self._fp8.codes, self._fp8.scales
+
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
+        """[num_tokens, in] -> [num_tokens, out].
+
+        Args:
+            x: rows, rounded here where they are to be; or quantised already, by `self.scaling`,
+                or with their values where nothing is rounded.
+        """
+        if self.scaling is None:
+            x = x if isinstance(x, Tensor) else _values_of(x)
+        elif self._fp8 is not None and isinstance(x, Tensor):
+            x = quantize_rows(x, self.scaling, self.static_scale)
         if self._fp8 is not None:
-            codes, scales = self._fp8.codes, self._fp8.scales
-            assert scales is not None
-            return linear_block_fp8(x, codes, scales, rounds_input=self._rounds_input)
-        if self._rounds_input:
-            x = round_trip_fp8(x, LINEAR_BLOCK)
+            assert self._fp8.scales is not None
+            return linear_block_fp8(x, self._fp8.codes, self._fp8.scales)
+        if isinstance(x, QuantizedRows):
+            x = x.dequantize(self._dtype)
+        elif self.scaling is not None:
+            x = round_trip_rows(x, self.scaling, self.static_scale)
         return F.linear(x, self.weight)
 
     def _decode(self) -> Tensor:
         return torch.cat([matrix.dequantize(self._dtype) for matrix in self._matrices])
+
+
+def input_scaling(matrices: Sequence[Matrix]) -> tuple[Scaling | None, Tensor | None]:
+    """How the input of matrices is rounded that were quantised so; None: it is not.
+
+    A static scale of the inputs is the checkpoint's own; of several matrices over one input the
+    largest, which none of their inputs exceeds. Else weights with power-of-two scales go with
+    activations that have them too, and weights with float scales with dynamic ones.
+    """
+    if matrices[0].kind == "plain":
+        return None, None
+    static = [matrix.input_scale for matrix in matrices if matrix.input_scale is not None]
+    if static and len(static) == len(matrices):
+        return "static", torch.stack(static).amax(0)
+    dtypes = {matrix.scales.dtype for matrix in matrices if matrix.scales is not None}
+    return ("ue8m0" if dtypes <= {torch.uint8, torch.float8_e8m0fnu} else "dynamic"), None
+
+
+def _values_of(rows: QuantizedRows) -> Tensor:
+    if rows.values is None:
+        raise ValueError("this layer rounds no input, and the rows hold only their codes")
+    return rows.values
 
 
 def _as_one_fp8(matrices: Sequence[Matrix], dtype: torch.dtype) -> Matrix | None:
@@ -126,7 +178,7 @@ class RowParallelLinear(Linear):
         super().__init__([matrix], numerics, rounds_input=rounds_input)
         self._axis = axis
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         return self._axis.reduce(super().__call__(x))
 
 
@@ -176,11 +228,19 @@ class VocabParallelHead:
         )
         # what is gathered is as long on every rank; the rows that pad it are cut off again
         num_rows = -(-vocab_size // axis.size)
-        self._weight = F.pad(table.float(), (0, 0, 0, num_rows - table.shape[0]))
+        if table.device.type == "cpu":
+            table = table.float()
+        if table.shape[0] < num_rows:
+            table = F.pad(table, (0, 0, 0, num_rows - table.shape[0]))
+        self._weight = table
         self._vocab_size = vocab_size
         self._axis = axis
 
     def __call__(self, x: Tensor) -> Tensor:
         """[n, dim] -> [n, vocab_size] float32."""
-        logits = self._axis.all_gather(F.linear(x.float(), self._weight))
+        if self._weight.dtype == torch.bfloat16 and x.dtype == torch.bfloat16:
+            logits = linear_bf16(x, self._weight, torch.float32)
+        else:
+            logits = F.linear(x.float(), self._weight.float())
+        logits = self._axis.all_gather(logits)
         return logits[:, : self._vocab_size]

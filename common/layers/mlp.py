@@ -31,13 +31,9 @@ class GatedMLP:
             limit: of the activation; None: no clamp.
         """
         rows, columns = (axis_shard(axis, cut, LINEAR_BLOCK) for cut in (0, 1))
-        self._gate_up = Linear(
-            [w.matrix(name, inner, dim, rows) for name in ("gate_proj", "up_proj")],
-            numerics,
-            rounds_input=False,
-        )
-        down = w.matrix("down_proj", dim, inner, columns)
-        self._down = Linear([down], numerics, rounds_input=False)
+        gate_up = [w.matrix(name, inner, dim, rows) for name in ("gate_proj", "up_proj")]
+        self._gate_up = Linear(gate_up, numerics)
+        self._down = Linear([w.matrix("down_proj", dim, inner, columns)], numerics)
         self._limit = limit
         self._axis = axis
 

@@ -1,13 +1,23 @@
-"""Linear layers over FP8 weights that stay codes in memory."""
+"""Linear layers over weights that stay as they are stored: FP8 codes in blocks, or bfloat16."""
 
 import torch
 from torch import Tensor
 
 from scission.kernels.linear import reference
+from scission.kernels.linear.rows import QuantizedRows, Scaling
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.target import target_of
 
-__all__ = ["can_run", "linear_block_fp8"]
+__all__ = [
+    "QuantizedRows",
+    "Scaling",
+    "can_run",
+    "linear_bf16",
+    "linear_block_fp8",
+    "linear_grouped",
+    "quantize_rows",
+    "round_trip_rows",
+]
 
 
 def can_run(device: torch.device, dtype: torch.dtype, in_features: int) -> bool:
@@ -15,22 +25,109 @@ def can_run(device: torch.device, dtype: torch.dtype, in_features: int) -> bool:
     return target_of(device) is not None and dtype == torch.bfloat16 and not in_features % FP8_BLOCK
 
 
-def linear_block_fp8(
-    x: Tensor, codes: Tensor, scales: Tensor, *, rounds_input: bool = True
-) -> Tensor:
+def quantize_rows(x: Tensor, scaling: Scaling, static_scale: Tensor | None = None) -> QuantizedRows:
+    """Rows to e4m3 codes and scales, as a linear layer that rounds its input takes them.
+
+    Args:
+        x: [num_tokens, d] bfloat16 or float32; kept as the `values`.
+        static_scale: [] float32, with "static" and only there.
+    """
+    _check_scaling(scaling, static_scale)
+    if x.dim() != 2:
+        raise ValueError(f"rows are [num_tokens, d], got {list(x.shape)}")
+    target = target_of(x.device)
+    if target is None or not can_run(x.device, x.dtype, x.shape[1]):
+        codes, scales = reference.quantize_input(x, scaling, static_scale)
+    else:
+        # only where a kernel is launched is Triton needed
+        from scission.kernels.linear.quantize_input import quantize_input
+
+        codes, scales = quantize_input(_with_unit_stride(x), target, scaling, static_scale)
+    return QuantizedRows(x, codes, scales)
+
+
+def round_trip_rows(x: Tensor, scaling: Scaling, static_scale: Tensor | None = None) -> Tensor:
+    """What `quantize_rows(..).dequantize(x.dtype)` gives, computed where x stands."""
+    _check_scaling(scaling, static_scale)
+    return reference.round_trip(x, scaling, static_scale)
+
+
+def linear_block_fp8(x: Tensor | QuantizedRows, codes: Tensor, scales: Tensor) -> Tensor:
     """y = x Wᵀ, W stored as FP8 of 128 x 128 blocks.
 
     Args:
-        x: [n, in] float32 or bfloat16.
+        x: [n, in] float32 or bfloat16, multiplied as it is; or rows that were quantised.
         codes: [out, in] float8_e4m3fn, contiguous.
         scales: [ceil(out / 128), ceil(in / 128)] float32.
-        rounds_input: x takes the e4m3 round trip of blocks of 128, as the model was trained.
 
     Returns:
-        [n, out] of x's dtype, summed in fp32.
+        [n, out] of x's dtype (of quantised rows: of their values, else bfloat16), summed in fp32.
     """
-    if x.dim() != 2 or x.shape[1] != codes.shape[1]:
+    rows = x if isinstance(x, QuantizedRows) else None
+    values = rows.codes if rows is not None else x
+    assert isinstance(values, Tensor)
+    if values.dim() != 2 or values.shape[1] != codes.shape[1]:
+        raise ValueError(f"x {list(values.shape)} does not fit codes {list(codes.shape)}")
+    _check_codes(codes, scales)
+    dtype = values.dtype if rows is None else _dtype_of(rows)
+    target = target_of(values.device)
+    if target is None or not can_run(values.device, dtype, values.shape[1]):
+        if rows is not None:
+            values = rows.dequantize(torch.float32)
+        return reference.linear_block_fp8(values, codes, scales, dtype)
+    from scission.kernels.linear import block_fp8
+
+    scales = scales.contiguous()
+    if rows is not None:
+        return block_fp8.linear_block_fp8(rows.codes, rows.scales, codes, scales, target)
+    return block_fp8.linear_block_fp8(_with_unit_stride(values), None, codes, scales, target)
+
+
+def linear_grouped(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """y_g = x_g W_gᵀ of every group, W stored as FP8 of 128 x 128 blocks; x is not rounded.
+
+    Args:
+        x: [num_tokens, groups, in] float32 or bfloat16.
+        codes: [groups * out, in] float8_e4m3fn, contiguous.
+        scales: [ceil(groups * out / 128), ceil(in / 128)] float32.
+
+    Returns:
+        [num_tokens, groups, out] of x's dtype, summed in fp32.
+    """
+    if x.dim() != 3 or x.shape[2] != codes.shape[1] or codes.shape[0] % x.shape[1]:
         raise ValueError(f"x {list(x.shape)} does not fit codes {list(codes.shape)}")
+    _check_codes(codes, scales)
+    target = target_of(x.device)
+    # a program's outputs lie in one group
+    fits = not (codes.shape[0] // x.shape[1]) % FP8_BLOCK
+    if target is None or not fits or not can_run(x.device, x.dtype, x.shape[2]):
+        return reference.linear_grouped(x, codes, scales)
+    from scission.kernels.linear import block_fp8
+
+    return block_fp8.linear_grouped(_with_unit_stride(x), codes, scales.contiguous(), target)
+
+
+def linear_bf16(x: Tensor, w: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """y = x Wᵀ of a matrix stored in bfloat16, summed in fp32.
+
+    Args:
+        x: [n, in] bfloat16 (float32 runs the reference).
+        w: [out, in] bfloat16.
+        out_dtype: float32 or bfloat16.
+
+    Returns:
+        [n, out] of out_dtype.
+    """
+    if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1] or w.dtype != torch.bfloat16:
+        raise ValueError(f"x {list(x.shape)} does not fit {w.dtype} w {list(w.shape)}")
+    if out_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"out_dtype must be float32 or bfloat16, got {out_dtype}")
+    if target_of(x.device) is None or x.dtype != torch.bfloat16:
+        return reference.linear_bf16(x, w, out_dtype)
+    return torch.mm(x, w.mT, out_dtype=out_dtype)
+
+
+def _check_codes(codes: Tensor, scales: Tensor) -> None:
     if codes.dtype != torch.float8_e4m3fn or not codes.is_contiguous():
         raise ValueError(f"codes must be contiguous float8_e4m3fn, got {codes.dtype}")
     wanted = [-(-size // FP8_BLOCK) for size in codes.shape]
@@ -39,15 +136,18 @@ def linear_block_fp8(
             f"codes {list(codes.shape)} need float32 scales {wanted}, "
             f"got {scales.dtype} {list(scales.shape)}"
         )
-    target = target_of(x.device)
-    if target is None or not can_run(x.device, x.dtype, x.shape[1]):
-        return reference.linear_block_fp8(x, codes, scales, rounds_input)
-    # only where a kernel is launched is Triton needed
-    from scission.kernels.linear import block_fp8, quantize_input
 
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    if not rounds_input:
-        return block_fp8.linear_block_fp8(x, None, codes, scales.contiguous(), target)
-    x_codes, x_scales = quantize_input.quantize_input(x, target)
-    return block_fp8.linear_block_fp8(x_codes, x_scales, codes, scales.contiguous(), target)
+
+def _check_scaling(scaling: Scaling, static_scale: Tensor | None) -> None:
+    if (scaling == "static") != (static_scale is not None):
+        raise ValueError(f"scaling {scaling} and a static scale {static_scale} do not go together")
+    if static_scale is not None and (static_scale.dim() or static_scale.dtype != torch.float32):
+        raise ValueError(f"a static scale is a float32 scalar, got {static_scale.dtype}")
+
+
+def _dtype_of(rows: QuantizedRows) -> torch.dtype:
+    return rows.values.dtype if rows.values is not None else torch.bfloat16
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

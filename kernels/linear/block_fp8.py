@@ -79,16 +79,20 @@ def block_fp8_kernel(
     out_features,
     num_blocks,
     blocks_per_split,
+    group_size,
     stride_x_row,
+    stride_x_group,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    IS_QUANTIZED: tl.constexpr,
+    INPUT: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """One program, BLOCK_N outputs of BLOCK_M rows over blocks_per_split blocks of 128 inputs.
 
-    out: [split, num_rows, out_features]. Each block's dot is scaled as it is added up.
+    out: [split, num_rows, out_features]. Each block's dot is scaled as it is added up. Every
+    group_size outputs, a multiple of BLOCK_N, have inputs of their own, stride_x_group apart.
+    INPUT: "values", or codes with a scale per "blocks" of 128, or with one "static" scale.
     """
     # rows first: neighbours in time share the weight's tile in the cache
     pid_m = tl.program_id(0)
@@ -103,6 +107,7 @@ def block_fp8_kernel(
     rows_n = tl.where(mask_n, offs_n, out_features - 1)
     rows_m = tl.where(mask_m, offs_m, num_rows - 1)
     codes_ptrs = codes_ptr + rows_n[:, None] * (num_blocks * 128) + offs_k[None, :]
+    x_ptr += (pid_n * BLOCK_N // group_size).to(tl.int64) * stride_x_group
     x_ptrs = x_ptr + rows_m[None, :] * stride_x_row + offs_k[:, None]
     # a tile of at most 128 outputs lies in one row of scales
     scale_row_ptr = scales_ptr + (pid_n * BLOCK_N // 128) * num_blocks
@@ -113,11 +118,13 @@ def block_fp8_kernel(
         codes = tl.load(codes_ptrs + block * 128)
         x = tl.load(x_ptrs + block * 128)
         scale = tl.load(scale_row_ptr + block)
-        if IS_QUANTIZED:
+        if INPUT == "blocks":
             x_scales = tl.load(x_scales_ptr + rows_m * num_blocks + block)
             acc += dot_as(codes, x, DOT_TYPE) * (x_scales * scale)[None, :]
         else:
             acc += dot_as(codes, x, DOT_TYPE) * scale
+    if INPUT == "static":
+        acc *= tl.load(x_scales_ptr)
     out_ptrs = out_ptr + (split * num_rows + offs_m[None, :]) * out_features + offs_n[:, None]
     mask = mask_n[:, None] & mask_m[None, :]
     store_rounded(out_ptrs, acc, mask)
@@ -148,12 +155,28 @@ def linear_block_fp8(
     """[n, in] -> [n, out] bfloat16.
 
     Args:
-        x: [n, in] bfloat16, or e4m3 codes with x_scales [n, in / 128] float32.
+        x: [n, in] bfloat16, or e4m3 codes with x_scales [n, in / 128] or [] float32.
         codes: [out, in] float8_e4m3fn, contiguous; in is a multiple of 128.
         scales: [ceil(out / 128), in / 128] float32.
     """
-    num_rows = x.shape[0]
-    out_features, in_features = codes.shape
+    return _launch(x.unsqueeze(1), x_scales, codes, scales, target)
+
+
+def linear_grouped(x: Tensor, codes: Tensor, scales: Tensor, target: Target) -> Tensor:
+    """[n, groups, in] -> [n, groups, out] bfloat16.
+
+    Args:
+        codes: [groups * out, in] float8_e4m3fn, contiguous; out and in are multiples of 128.
+        scales: [groups * out / 128, in / 128] float32.
+    """
+    return _launch(x, None, codes, scales, target).view(*x.shape[:2], -1)
+
+
+def _launch(
+    x: Tensor, x_scales: Tensor | None, codes: Tensor, scales: Tensor, target: Target
+) -> Tensor:
+    num_rows, num_groups, in_features = x.shape
+    out_features = codes.shape[0]
     out = torch.empty(num_rows, out_features, dtype=torch.bfloat16, device=x.device)
     if not out.numel():
         return out
@@ -172,10 +195,12 @@ def linear_block_fp8(
         out_features,
         num_blocks,
         triton.cdiv(num_blocks, split),
+        out_features // num_groups,
         x.stride(0),
+        x.stride(1),
         BLOCK_N=tile.block_n,
         BLOCK_M=tile.block_m,
-        IS_QUANTIZED=x_scales is not None,
+        INPUT=input_kind(x_scales),
         DOT_TYPE=dot_type(target, is_quantized=x_scales is not None),
         NUM_STAGES=tile.num_stages,
         num_warps=tile.num_warps,
@@ -185,3 +210,9 @@ def linear_block_fp8(
             partials, out, out.numel(), split, BLOCK=REDUCE_BLOCK
         )
     return out
+
+
+def input_kind(x_scales: Tensor | None) -> str:
+    if x_scales is None:
+        return "values"
+    return "blocks" if x_scales.dim() else "static"

@@ -30,6 +30,8 @@ __all__ = [
     "quantize_group_fp4",
     "round_trip_fp4",
     "round_trip_fp8",
+    "round_trip_fp8_dynamic",
+    "round_trip_fp8_static",
     "scale_values",
     "ue8m0_round_up",
     "ue8m0_to_float",
@@ -176,6 +178,37 @@ def round_trip_fp8(x: Tensor, block: int, amax_floor: float = 1e-4) -> Tensor:
     if block < 1:
         raise ValueError(f"block must be positive, got {block}")
     return reference.round_trip_fp8(x, block, amax_floor)
+
+
+def round_trip_fp8_dynamic(x: Tensor, block: int = FP8_BLOCK) -> Tensor:
+    """Round activations to e4m3 with a scale amax / 448 per `block` values of the last dim, and
+    back.
+
+    Args:
+        x: [.., n] float32 or bfloat16; the last block may be partial.
+        block: values that share a scale, which is float32 and not rounded.
+
+    Returns:
+        [.., n] of x's dtype; in bfloat16 the products of codes and scales are rounded once more.
+    """
+    if block < 1:
+        raise ValueError(f"block must be positive, got {block}")
+    return reference.round_trip_fp8_dynamic(x, block)
+
+
+def round_trip_fp8_static(x: Tensor, scale: Tensor) -> Tensor:
+    """Round activations to e4m3 with the one scale given, saturating, and back.
+
+    Args:
+        x: [.., n] float32 or bfloat16.
+        scale: [] float32, positive.
+
+    Returns:
+        [.., n] of x's dtype; in bfloat16 the products of codes and the scale are rounded once more.
+    """
+    if scale.dim() or scale.dtype != torch.float32:
+        raise ValueError(f"a static scale is a float32 scalar, got {scale.dtype} {scale.shape}")
+    return reference.round_trip_fp8_static(x, scale)
 
 
 def round_trip_fp4(x: Tensor, block: int = FP4_GROUP) -> Tensor:

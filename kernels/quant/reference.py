@@ -16,6 +16,7 @@ FP8_BLOCK = 128  # weights: 128 x 128 values share a scale
 FP4_GROUP = 32  # weights: 32 consecutive inputs of one output row share a scale
 FP8_MAX = 448.0
 FP4_MAX = 6.0
+DYNAMIC_AMAX_FLOOR = 1e-10  # of a block whose scale is amax / 448 as it is
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; bit 3 of a code is the sign
 
 _EXPONENT = 0x7F800000
@@ -32,7 +33,8 @@ def _to_lowest(largest: float, smallest_normal: float) -> int:
     return int(_MANTISSA - largest_bits + smallest_bits)
 
 
-_FP8_LOWEST = _to_lowest(FP8_MAX, 2.0**-6)
+_FP8_SMALLEST_NORMAL = 2.0**-6
+_FP8_LOWEST = _to_lowest(FP8_MAX, _FP8_SMALLEST_NORMAL)
 _FP4_LOWEST = _to_lowest(FP4_MAX, 1.0)
 
 
@@ -110,6 +112,25 @@ def round_trip_fp8(x: Tensor, block: int, amax_floor: float) -> Tensor:
     return _round_trip(x, block, amax_floor, _FP8_LOWEST, mantissa_bits=3)
 
 
+def round_trip_fp8_dynamic(x: Tensor, block: int) -> Tensor:
+    *leading, width = x.shape
+    padded = F.pad(x, (0, -width % block)) if width % block else x
+    blocks = padded.to(torch.float32).view(*leading, padded.shape[-1] // block, block)
+    scales = dynamic_scales(blocks)
+    rounded = _round_to_e4m3(blocks / scales).mul_(scales).view(padded.shape).to(x.dtype)
+    return rounded[..., :width] if padded is not x else rounded
+
+
+def dynamic_scales(blocks: Tensor) -> Tensor:
+    """[.., n] float32 -> [.., 1]: amax / 448, of zeros still positive."""
+    return blocks.abs().amax(-1, keepdim=True).clamp_min_(DYNAMIC_AMAX_FLOOR).div_(FP8_MAX)
+
+
+def round_trip_fp8_static(x: Tensor, scale: Tensor) -> Tensor:
+    quotient = (x.to(torch.float32) / scale).clamp_(-FP8_MAX, FP8_MAX)
+    return _round_to_e4m3(quotient).mul_(scale).to(x.dtype)
+
+
 def round_trip_fp4(x: Tensor, block: int) -> Tensor:
     return _round_trip(x, block, FP4_MAX * _SMALLEST_NORMAL, _FP4_LOWEST, mantissa_bits=1)
 
@@ -141,6 +162,11 @@ def _round_trip(
     rounded = _round_to_grid(blocks, magnitudes.clamp_min_(lowest), mantissa_bits)
     rounded = rounded.view(padded.shape).to(x.dtype)
     return rounded[..., :width] if padded is not x else rounded
+
+
+def _round_to_e4m3(x: Tensor) -> Tensor:
+    """To the nearest value of e4m3; |x| within 464."""
+    return _round_to_grid(x, x.abs().clamp_min_(_FP8_SMALLEST_NORMAL), mantissa_bits=3)
 
 
 def _round_to_grid(x: Tensor, binades: Tensor, mantissa_bits: int) -> Tensor:

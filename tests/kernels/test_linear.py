@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from scission.kernels.linear import block_fp8, linear_block_fp8, quantize_input, reference
+from scission.kernels.linear import (
+    QuantizedRows,
+    Scaling,
+    block_fp8,
+    linear_bf16,
+    linear_block_fp8,
+    linear_grouped,
+    quantize_input,
+    quantize_rows,
+    reference,
+    round_trip_rows,
+)
 from scission.kernels.quant import quantize_block_fp8, ue8m0_to_float
 from scission.kernels.target import Target, target_of
 from scission.kernels.testing import relative_error
@@ -42,31 +53,51 @@ def _case(rows: int, outputs: int, inputs: int, device: torch.device) -> tuple[T
     return x.to(device, torch.bfloat16), codes, ue8m0_to_float(scales)
 
 
-def _run(x: Tensor, codes: Tensor, scales: Tensor, target: Target, rounds: bool) -> Tensor:
-    if not rounds:
+def _static_scale(scaling: Scaling | None, device: torch.device) -> Tensor | None:
+    # the largest inputs saturate
+    return torch.tensor(0.013, device=device) if scaling == "static" else None
+
+
+def _run(
+    x: Tensor, codes: Tensor, scales: Tensor, target: Target, scaling: Scaling | None
+) -> Tensor:
+    if scaling is None:
         return block_fp8.linear_block_fp8(x, None, codes, scales, target)
-    x_codes, x_scales = quantize_input.quantize_input(x, target)
+    static_scale = _static_scale(scaling, x.device)
+    x_codes, x_scales = quantize_input.quantize_input(x, target, scaling, static_scale)
     return block_fp8.linear_block_fp8(x_codes, x_scales, codes, scales, target)
+
+
+def _expected(x: Tensor, codes: Tensor, scales: Tensor, scaling: Scaling | None) -> Tensor:
+    if scaling is None:
+        return reference.linear_block_fp8(x, codes, scales, x.dtype)
+    rounded = round_trip_rows(x.float(), scaling, _static_scale(scaling, x.device))
+    return reference.linear_block_fp8(rounded, codes, scales, x.dtype)
+
+
+SCALINGS = pytest.mark.parametrize(
+    "scaling", [None, "ue8m0", "dynamic", "static"], ids=lambda scaling: scaling or "unrounded"
+)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", SMALL, ids=str)
-@pytest.mark.parametrize("rounds", [True, False], ids=["rounds", "keeps"])
+@SCALINGS
 def test_linear_equals_its_reference(
     shape: tuple[int, int, int],
-    rounds: bool,
+    scaling: Scaling | None,
     kernel_device: torch.device,
     kernel_target: Target,
 ) -> None:
     x, codes, scales = _case(*shape, kernel_device)
-    expected = reference.linear_block_fp8(x, codes, scales, rounds)
-    actual = _run(x, codes, scales, kernel_target, rounds)
-    assert relative_error(actual, expected) <= TOLERANCE
+    actual = _run(x, codes, scales, kernel_target, scaling)
+    assert relative_error(actual, _expected(x, codes, scales, scaling)) <= TOLERANCE
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("scaling", ["ue8m0", "dynamic", "static"])
 def test_codes_and_scales_of_inputs_equal_the_references(
-    kernel_device: torch.device, kernel_target: Target
+    scaling: Scaling, kernel_device: torch.device, kernel_target: Target
 ) -> None:
     x = torch.randn(5, 1152, device=kernel_device) * torch.logspace(
         -6, 6, 1152, device=kernel_device
@@ -74,11 +105,43 @@ def test_codes_and_scales_of_inputs_equal_the_references(
     x[0] = 0
     x[1, 0] = 448
     x[2, 5] = 449
+    x[3, :128] *= 1e-12
     x = x.to(torch.bfloat16)
-    codes, scales = quantize_input.quantize_input(x, kernel_target)
-    expected_codes, expected_scales = reference.quantize_input(x)
+    static_scale = _static_scale(scaling, kernel_device)
+    codes, scales = quantize_input.quantize_input(x, kernel_target, scaling, static_scale)
+    expected_codes, expected_scales = reference.quantize_input(x, scaling, static_scale)
     assert torch.equal(scales, expected_scales)
     assert torch.equal(codes.float(), expected_codes.float())
+
+
+@pytest.mark.parametrize("scaling", ["ue8m0", "dynamic", "static"])
+@pytest.mark.parametrize("width", [256, 200])
+def test_codes_and_scales_stand_for_the_round_trip(scaling: Scaling, width: int) -> None:
+    x = torch.randn(7, width) * torch.logspace(-4, 4, width)
+    static_scale = _static_scale(scaling, x.device)
+    rows = quantize_rows(x, scaling, static_scale)
+    assert rows.values is x and rows.is_static == (scaling == "static")
+    assert torch.equal(rows.dequantize(x.dtype), round_trip_rows(x, scaling, static_scale))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_groups_have_inputs_of_their_own(
+    rows: int, kernel_device: torch.device, kernel_target: Target
+) -> None:
+    x, codes, scales = _case(rows * 3, 3 * 128, 256, kernel_device)
+    # groups of a token need not lie side by side
+    x = x.view(3, rows, 256).transpose(0, 1)
+    actual = block_fp8.linear_grouped(x, codes, scales, kernel_target)
+    expected = reference.linear_grouped(x, codes, scales)
+    assert actual.shape == (rows, 3, 128)
+    assert relative_error(actual, expected) <= TOLERANCE
+    for group in range(3):
+        part = slice(group * 128, (group + 1) * 128)
+        one = reference.linear_block_fp8(
+            x[:, group], codes[part], scales[group : group + 1], x.dtype
+        )
+        assert torch.equal(linear_grouped(x.cpu(), codes.cpu(), scales.cpu())[:, group], one.cpu())
 
 
 def test_rows_of_a_wider_tensor_are_read_where_they_lie(
@@ -87,22 +150,40 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie(
     x, codes, scales = _case(6, 64, 256, kernel_device)
     wide = torch.full((6, 400), float("nan"), dtype=x.dtype, device=x.device)
     wide[:, 128:384] = x
-    for rounds in (True, False):
-        actual = _run(wide[:, 128:384], codes, scales, kernel_target, rounds)
-        assert torch.equal(actual, _run(x, codes, scales, kernel_target, rounds))
+    for scaling in (None, "ue8m0"):
+        actual = _run(wide[:, 128:384], codes, scales, kernel_target, scaling)
+        assert torch.equal(actual, _run(x, codes, scales, kernel_target, scaling))
 
 
 def test_no_rows_and_no_outputs_pass(kernel_device: torch.device, kernel_target: Target) -> None:
     x, codes, scales = _case(2, 64, 128, kernel_device)
-    assert _run(x[:0], codes, scales, kernel_target, True).shape == (0, 64)
-    assert _run(x, codes[:0], scales[:0], kernel_target, False).shape == (2, 0)
+    assert _run(x[:0], codes, scales, kernel_target, "ue8m0").shape == (0, 64)
+    assert _run(x, codes[:0], scales[:0], kernel_target, None).shape == (2, 0)
 
 
-def test_the_cpu_runs_the_reference() -> None:
+@SCALINGS
+def test_the_cpu_runs_the_reference(scaling: Scaling | None) -> None:
     x, codes, scales = _case(3, 130, 256, torch.device("cpu"))
-    for rounds in (True, False):
-        expected = reference.linear_block_fp8(x, codes, scales, rounds)
-        assert torch.equal(linear_block_fp8(x, codes, scales, rounds_input=rounds), expected)
+    x = x.float()
+    static_scale = _static_scale(scaling, x.device)
+    rows = x if scaling is None else quantize_rows(x, scaling, static_scale)
+    expected = _expected(x, codes, scales, scaling)
+    assert torch.equal(linear_block_fp8(rows, codes, scales), expected)
+
+
+def test_quantised_rows_without_values_give_bfloat16() -> None:
+    x, codes, scales = _case(3, 130, 256, torch.device("cpu"))
+    rows = quantize_rows(x, "ue8m0")
+    bare = QuantizedRows(None, rows.codes, rows.scales)
+    assert torch.equal(linear_block_fp8(bare, codes, scales), linear_block_fp8(rows, codes, scales))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_a_bfloat16_matrix_is_summed_in_float32(out_dtype: torch.dtype) -> None:
+    x = torch.randn(3, 200).to(torch.bfloat16)
+    w = torch.randn(40, 200).to(torch.bfloat16)
+    expected = (x.float() @ w.float().mT).to(out_dtype)
+    torch.testing.assert_close(linear_bf16(x, w, out_dtype), expected)
 
 
 @pytest.mark.parametrize(
@@ -123,15 +204,16 @@ def test_wrong_arguments_are_named(change: object, named: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", REAL, ids=str)
-@pytest.mark.parametrize("rounds", [True, False], ids=["rounds", "keeps"])
+@SCALINGS
 def test_linear_equals_its_reference_at_real_shapes(
-    shape: tuple[int, int, int], rounds: bool
+    shape: tuple[int, int, int], scaling: Scaling | None
 ) -> None:
     x, codes, scales = _case(*shape, torch.device("cuda", 0))
-    expected = reference.linear_block_fp8(x, codes, scales, rounds)
-    first = linear_block_fp8(x, codes, scales, rounds_input=rounds)
-    assert relative_error(first, expected) <= TOLERANCE
-    assert torch.equal(linear_block_fp8(x, codes, scales, rounds_input=rounds), first)
+    static_scale = _static_scale(scaling, x.device)
+    rows = x if scaling is None else quantize_rows(x, scaling, static_scale)
+    first = linear_block_fp8(rows, codes, scales)
+    assert relative_error(first, _expected(x, codes, scales, scaling)) <= TOLERANCE
+    assert torch.equal(linear_block_fp8(rows, codes, scales), first)
 
 
 @pytest.mark.gpu
@@ -139,9 +221,10 @@ def test_a_captured_linear_replays_the_eager_one_bit_for_bit() -> None:
     device = torch.device("cuda", 0)
     assert target_of(device) is not None
     x, codes, scales = _case(5, 4096, 4096, device)
-    eager = linear_block_fp8(x, codes, scales)
+    rows = quantize_rows(x, "ue8m0")
+    eager = linear_block_fp8(rows, codes, scales)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = linear_block_fp8(x, codes, scales)
+        captured = linear_block_fp8(rows, codes, scales)
     graph.replay()
     assert torch.equal(captured, eager)
