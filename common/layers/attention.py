@@ -11,7 +11,7 @@ from scission.common.checkpoint.weights import Weights
 from scission.common.layers.linear import ColumnParallelLinear, RowParallelLinear
 from scission.common.layers.numerics import Numerics
 from scission.common.parallel.ranks import Axis
-from scission.kernels.linear.rows import QuantizedRows
+from scission.kernels.linear import QuantizedRows, linear_bf16, linear_grouped
 
 Rows = Tensor | QuantizedRows
 
@@ -49,11 +49,16 @@ class GroupedOutput:
 
     def __call__(self, heads: Tensor) -> Tensor:
         """[num_tokens, num_heads, head_dim] -> [num_tokens, dim]."""
-        num_tokens = heads.shape[0]
+        grouped = heads.reshape(heads.shape[0], -1, self._group_dim)
+        return self._wo_b(self._by_group(grouped).flatten(1))
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """[num_tokens, groups, group_dim] -> [num_tokens, groups, rank]."""
+        if self._wo_a.fp8 is not None:
+            return linear_grouped(x, *self._wo_a.fp8)
         # [groups, group_dim, rank]
         wo_a = self._wo_a.weight.view(-1, self._rank, self._group_dim).mT
-        grouped = heads.reshape(num_tokens, -1, self._group_dim).transpose(0, 1)
-        return self._wo_b(torch.bmm(grouped, wo_a).transpose(0, 1).flatten(1))
+        return torch.bmm(x.transpose(0, 1), wo_a).transpose(0, 1)
 
 
 class Float32Linear:
@@ -74,7 +79,5 @@ class Float32Linear:
         values = x.values if isinstance(x, QuantizedRows) else x
         assert values is not None
         if self._weight.dtype == torch.bfloat16:
-            from scission.kernels.linear import linear_bf16
-
             return linear_bf16(values, self._weight, torch.float32)
         return F.linear(values.float(), self._weight)

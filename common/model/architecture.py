@@ -32,6 +32,13 @@ class Model(Protocol):
     def layer_groups(self) -> tuple[tuple[int, int], ...]:
         """[first, last) model layers; after each group its paged rows of the step are final."""
 
+    @property
+    def captures(self) -> bool:
+        """Whether a pass over single tokens asks nothing of the host: it can be a captured graph.
+
+        Such a pass reads of a batch only tensors and the bounds of its `places`.
+        """
+
     def forward(
         self, batch: ForwardBatch, storage: CacheStorage, on_layers: OnLayers | None = None
     ) -> Tensor:

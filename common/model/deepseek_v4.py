@@ -27,6 +27,7 @@ from scission.common.layers.numerics import Numerics
 from scission.common.layers.rope import rope_frequencies
 from scission.common.model.batch import ForwardBatch
 from scission.common.model.config import CSA, DENSE, HCA, DeepseekV4Config
+from scission.common.model.deepseek_v4_placed import PlacedStep
 from scission.common.model.deepseek_v4_state import (
     BLOCK_SIZE,
     LayerState,
@@ -43,6 +44,7 @@ from scission.common.model.deepseek_v4_step import (
 from scission.common.model.step_plan import PlanGeometry, plan_step
 from scission.common.parallel.ranks import Ranks
 from scission.kernels.hyper_connections import HyperConnection, hc_head, hc_post, hc_pre
+from scission.kernels.target import target_of
 
 NUM_LAYER_GROUPS = 4
 
@@ -59,17 +61,25 @@ class DeepseekV4:
         ranks: Ranks,
         numerics: Numerics,
         block_size: int = BLOCK_SIZE,
+        *,
+        is_placed: bool | None = None,
     ) -> None:
         """Pulls every tensor it needs from the weights; complete afterwards.
 
         Args:
             block_size: tokens of a block of state, a multiple of BLOCK_SIZE.
+            is_placed: goes by addresses on the device (`PlacedStep`); None: where there are kernels
+                for that.
 
         Raises:
             CheckpointError: a tensor is missing or not what the config says.
         """
         self.config = config
         self._numerics = numerics
+        if is_placed is None:
+            is_placed = target_of(w.device) is not None and numerics.dtype == torch.bfloat16
+        self._is_placed = is_placed
+        self.captures = is_placed and target_of(w.device) is not None
         self.layout = cache_layout(config, numerics, block_size)
         self.layer_groups = layer_groups(config.num_hidden_layers)
         d, eps = config.hidden_size, config.rms_norm_eps
@@ -121,7 +131,7 @@ class DeepseekV4:
             [num_logits, vocab_size] float32, of the batch's `logits_at`.
         """
         streams = self.run_layers(batch, storage, on_layers)
-        return self._logits(streams.index_select(0, batch.logits_at))
+        return self._logits(batch.logit_rows(streams))
 
     def run_layers(
         self, batch: ForwardBatch, storage: CacheStorage, on_layers: OnLayers | None = None
@@ -156,6 +166,8 @@ class DeepseekV4:
         return self._head(x.index_select(0, batch.logits_at))
 
     def _step(self, batch: ForwardBatch) -> Step:
+        if self._is_placed:
+            return PlacedStep(batch, self._geometry, self._numerics)
         plan = plan_step(batch, self._geometry)
         return ListedStep(plan, self._geometry.window, self._numerics)
 

@@ -1,8 +1,8 @@
 """A step in the eyes of DeepSeek-V4's attention layers: what they do with positions and state.
 
 `ListedStep` goes by row lists that the host has planned (`step_plan`), in plain PyTorch: every
-device, every dtype, and the definition. `PlacedStep` asks nothing of the host: kernels work out
-rows from addresses on the device, so that a captured graph serves whatever these hold.
+device, every dtype, and the definition. `PlacedStep` (deepseek_v4_placed.py) asks nothing of the
+host.
 """
 
 from dataclasses import dataclass
