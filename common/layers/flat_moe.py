@@ -10,6 +10,7 @@ from scission.common.checkpoint.weights import Matrix, Weights
 from scission.common.layers.linear import axis_shard, input_scaling
 from scission.common.layers.mlp import GatedMLP
 from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
+from scission.common.layers.row_input import RowInput
 from scission.common.parallel.ranks import Axis, Ranks
 from scission.kernels.gated_experts import (
     ExpertProducts,
@@ -18,6 +19,7 @@ from scission.kernels.gated_experts import (
     run_gated_experts,
 )
 from scission.kernels.linear import (
+    QuantizedRows,
     can_run,
     linear_block_fp8,
     quantize_rows,
@@ -158,8 +160,14 @@ class FlatMoE:
         self._shared = shared
         self._ranks = ranks
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def input(self) -> RowInput:
+        """How the rows are taken: the router reads them unrounded."""
+        return RowInput()
+
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         """[num_tokens, dim] -> [num_tokens, dim]."""
+        assert isinstance(x, Tensor)
         routed = self._experts(x, *self._router(x))
         shared = self._shared.partial(x).float()
         if self._ranks.ep.size > 1:

@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from scission.common.checkpoint.weights import Shard, Weights
 from scission.common.errors import ConfigError
 from scission.common.layers.linear import Linear
 from scission.common.layers.numerics import Numerics
+from scission.common.layers.row_input import RowInput, input_of
 from scission.common.parallel.ranks import Axis
+from scission.kernels.linear import QuantizedRows
+
+Rows = Tensor | QuantizedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +82,16 @@ class HeadProjections:
             w.matrix("k_proj", kv_dim, dim, heads.keys(head_dim)),
             w.matrix("v_proj", kv_dim, dim, heads.keys(head_dim)),
         ]
-        self._linear = Linear(matrices, numerics, rounds_input=False)
-        self._widths = [matrix.out_features for matrix in matrices]
-        self._head_dim = head_dim
+        self.linear = Linear(matrices, numerics)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[num_tokens, dim] -> q, k, v: [num_tokens, heads, head_dim] each."""
-        q, k, v = torch.split_with_sizes(self._linear(x), self._widths, dim=-1)
-        return self._heads(q), self._heads(k), self._heads(v)
+    @property
+    def input(self) -> RowInput:
+        """How the rows are taken."""
+        return input_of(self.linear)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(x.shape[0], x.shape[1] // self._head_dim, self._head_dim)
+    def __call__(self, x: Rows) -> Tensor:
+        """[num_tokens, dim] -> [num_tokens, q, k, v heads side by side * head_dim]."""
+        return self.linear(x)
 
 
 class HeadsOutput:
@@ -100,9 +102,14 @@ class HeadsOutput:
     ) -> None:
         columns = heads.queries(head_dim, dim=1)
         matrix = w.matrix("o_proj", dim, heads.num_heads * head_dim, columns)
-        self._linear = Linear([matrix], numerics, rounds_input=False)
+        self._linear = Linear([matrix], numerics)
         self._axis = heads.axis
 
-    def __call__(self, heads: Tensor) -> Tensor:
-        """[num_tokens, heads, head_dim] -> [num_tokens, dim]."""
-        return self._axis.reduce(self._linear(heads.flatten(1)))
+    @property
+    def input(self) -> RowInput:
+        """How the rows are taken."""
+        return input_of(self._linear)
+
+    def __call__(self, heads: Rows) -> Tensor:
+        """[num_tokens, heads * head_dim] -> [num_tokens, dim]."""
+        return self._axis.reduce(self._linear(heads))

@@ -5,8 +5,10 @@ from torch import Tensor
 from scission.common.checkpoint.weights import Weights
 from scission.common.layers.linear import Linear, axis_shard
 from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
+from scission.common.layers.row_input import RowInput, input_of
 from scission.common.parallel.ranks import Axis
 from scission.kernels.activation import silu_mul
+from scission.kernels.linear import QuantizedRows
 
 
 class GatedMLP:
@@ -37,10 +39,15 @@ class GatedMLP:
         self._limit = limit
         self._axis = axis
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def input(self) -> RowInput:
+        """How the rows are taken."""
+        return input_of(self._gate_up)
+
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         """[num_tokens, dim] -> [num_tokens, dim], summed over the ranks."""
         return self._axis.reduce(self.partial(x))
 
-    def partial(self, x: Tensor) -> Tensor:
+    def partial(self, x: Tensor | QuantizedRows) -> Tensor:
         """This rank's share of the sum."""
         return self._down(silu_mul(self._gate_up(x), self._limit))

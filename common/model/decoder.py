@@ -1,10 +1,10 @@
-"""What decoders with per-head K and V share: their state, attention over it, and the outer loop."""
+"""What decoders with per-head K and V share: their layers' outline, their state, the outer loop."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from scission.common.cache.layout import CacheLayout, Component, Kind
@@ -12,46 +12,74 @@ from scission.common.cache.storage import CacheStorage
 from scission.common.layers.linear import VocabParallelEmbedding, VocabParallelHead
 from scission.common.layers.norm import RMSNorm
 from scission.common.layers.numerics import Numerics
+from scission.common.layers.row_input import RowInput
 from scission.common.model.architecture import OnLayers
 from scission.common.model.batch import ForwardBatch
-from scission.common.model.dense_plan import KindPlan, LayerKind, plan_kinds
-from scission.kernels.cache import recent_rows, write_rows_
-from scission.kernels.dense_attention import attend_dense
+from scission.common.model.dense_plan import LayerKind
+from scission.common.model.dense_step import KeyValues, Rows, Step, plan_steps
+from scission.kernels.target import target_of
 
 NUM_LAYER_GROUPS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class KeyValues:
-    """One layer's rows of a storage: [rows, num_kv_heads * head_dim] each, blocks or rings."""
-
-    k: Tensor
-    v: Tensor
-
-
 class DecoderLayer(Protocol):
-    def __call__(self, x: Tensor, plan: KindPlan, state: KeyValues) -> Tensor:
-        """[num_tokens, dim] -> [num_tokens, dim]; writes the step's K and V."""
+    def __call__(
+        self, x: Tensor, y: Tensor | None, step: Step, state: KeyValues
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream [num_tokens, dim] and what is still to be added to it, of the layer
+        before and of this one; writes the step's K and V.
+        """
+
+
+class Attention(Protocol):
+    @property
+    def input(self) -> RowInput:
+        """How the rows are taken."""
+
+    def __call__(self, x: Rows, step: Step, state: KeyValues) -> Tensor:
+        """[num_tokens, dim], normalised -> [num_tokens, dim]; writes the step's K and V."""
+
+
+class FeedForward(Protocol):
+    @property
+    def input(self) -> RowInput:
+        """How the rows are taken."""
+
+    def __call__(self, x: Rows) -> Tensor:
+        """[num_tokens, dim], normalised -> [num_tokens, dim]."""
 
 
 class ResidualLayer:
-    """Attention, then a feed-forward layer, each on a normalised copy of the residual stream."""
+    """Attention, then a feed-forward layer, each on a normalised copy of the residual stream.
+
+    What a sublayer gives is added together with the next one's norm.
+    """
 
     def __init__(
         self,
         attention_norm: RMSNorm,
-        attention: DecoderLayer,
+        attention: Attention,
         mlp_norm: RMSNorm,
-        mlp: Callable[[Tensor], Tensor],
+        mlp: FeedForward,
     ) -> None:
         self._attention_norm = attention_norm
         self._attention = attention
         self._mlp_norm = mlp_norm
         self._mlp = mlp
 
-    def __call__(self, x: Tensor, plan: KindPlan, state: KeyValues) -> Tensor:
-        x = x + self._attention(self._attention_norm(x), plan, state)
-        return x + self._mlp(self._mlp_norm(x))
+    def __call__(
+        self, x: Tensor, y: Tensor | None, step: Step, state: KeyValues
+    ) -> tuple[Tensor, Tensor]:
+        x, rows = _add_and_norm(x, y, self._attention_norm, self._attention.input)
+        y = self._attention(rows, step, state)
+        x, rows = _add_and_norm(x, y, self._mlp_norm, self._mlp.input)
+        return x, self._mlp(rows)
+
+
+def _add_and_norm(
+    x: Tensor, y: Tensor | None, norm: RMSNorm, wanted: RowInput
+) -> tuple[Tensor, Rows]:
+    return norm.add(x, y, wanted.scaling, wanted.static_scale, keeps_values=wanted.keeps_values)
 
 
 class Decoder:
@@ -66,6 +94,7 @@ class Decoder:
         kinds: Mapping[str, LayerKind],
         layer_kinds: Sequence[str],
         layout: CacheLayout,
+        numerics: Numerics,
     ) -> None:
         """
         Args:
@@ -73,6 +102,9 @@ class Decoder:
             layer_kinds: the name of each layer's kind.
         """
         self.layout = layout
+        # references ask the host for lengths
+        has_kernels = target_of(norm.weight.device) is not None
+        self.captures = has_kernels and numerics.dtype == torch.bfloat16
         self.layer_groups = layer_groups(len(layers))
         self._embed = embed
         self._layers = layers
@@ -96,15 +128,18 @@ class Decoder:
         Returns:
             [num_logits, vocab_size] float32, of the batch's `logits_at`.
         """
-        plans = plan_kinds(batch, self._kinds, self.layout.block_size)
+        steps = plan_steps(batch, self._kinds, self.layout.block_size)
         states = self._states(storage)
-        x = self._embed(batch.token_ids)
+        x, y = self._embed(batch.token_ids), None
         for first, last in self.layer_groups:
             for i in range(first, last):
-                x = self._layers[i](x, plans[self._layer_kinds[i]], states[i])
+                x, y = self._layers[i](x, y, steps[self._layer_kinds[i]], states[i])
             if on_layers is not None:
                 on_layers(first, last)
-        return self._head(self._norm(x.index_select(0, batch.logits_at)))
+        y = batch.logit_rows(y) if y is not None else None
+        _, rows = self._norm.add(batch.logit_rows(x), y)
+        assert isinstance(rows, Tensor)
+        return self._head(rows)
 
     def _states(self, storage: CacheStorage) -> list[KeyValues]:
         if self._bound is None or self._bound[0] is not storage:
@@ -117,42 +152,6 @@ class Decoder:
         k, v = (storage.layout.component(f"{kind}_{part}") for part in ("k", "v"))
         at = k.layers.index(layer)
         return KeyValues(storage.rows(k)[at], storage.rows(v)[at])
-
-
-def attend_and_keep(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: KindPlan,
-    state: KeyValues,
-    scale: float,
-    sink: Tensor | None = None,
-) -> Tensor:
-    """Attend over the state and the step's own tokens, and write these into the state.
-
-    Args:
-        q: [num_tokens, num_heads, head_dim], turned to its position.
-        k, v: [num_tokens, num_kv_heads, head_dim], k turned.
-        scale, sink: of `attend_dense`.
-
-    Returns:
-        [num_tokens, num_heads, head_dim].
-    """
-    heads = k.shape[1:]
-    k, v, writes = k.flatten(1), v.flatten(1), plan.writes
-    if plan.look_back is None:
-        write_rows_(state.k, writes.rows, k, writes.tokens)
-        write_rows_(state.v, writes.rows, v, writes.tokens)
-        keys, values = state.k, state.v
-    else:
-        keys = recent_rows(state.k, plan.look_back, k)
-        values = recent_rows(state.v, plan.look_back, v)
-    keys, values = keys.view(-1, *heads), values.view(-1, *heads)
-    o = attend_dense(q, keys, values, plan.keys, scale, plan.window, sink)
-    if plan.look_back is not None:
-        write_rows_(state.k, writes.rows, k, writes.tokens)
-        write_rows_(state.v, writes.rows, v, writes.tokens)
-    return o
 
 
 def key_value_layout(

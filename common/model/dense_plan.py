@@ -21,7 +21,7 @@ from scission.common.model.rows import (
     plan_ring_writes,
     recent_rows,
 )
-from scission.kernels.dense_attention import KeyRows, tiles_of
+from scission.kernels.dense_attention import KeyRows, Turn, tiles_of
 from scission.kernels.rope import rotations
 
 
@@ -52,12 +52,11 @@ class KindPlan:
     still see what its late tokens overwrite, and the ring is written last.
     """
 
-    rotation: Tensor  # [num_tokens, rotated / 2] complex64
+    turn: Turn
     keys: KeyRows
     window: int | None
     look_back: Tensor | None  # [n] int64
     writes: RingWrites
-    query_scale: Tensor | None  # [num_tokens, 1, 1] float32
 
 
 def plan_kinds(
@@ -67,20 +66,24 @@ def plan_kinds(
     return {name: _plan_kind(batch, kind, block_size) for name, kind in kinds.items()}
 
 
-def _plan_kind(batch: ForwardBatch, kind: LayerKind, block_size: int) -> KindPlan:
-    rotation = rotations(batch.positions, kind.frequencies)
+def turn_of(positions: Tensor, kind: LayerKind) -> Turn:
+    """How positions [num_tokens] enter the queries and keys of a kind."""
+    rotation = rotations(positions, kind.frequencies)
     if kind.rotation_scale != 1.0:
         rotation = rotation * kind.rotation_scale
+    if kind.query_scaling is None:
+        return Turn(rotation)
+    scaling = kind.query_scaling
+    turns = (positions // scaling.original_max_positions).clamp(min=0)
+    return Turn(rotation, 1 + scaling.beta * torch.log1p(turns.float()))
+
+
+def _plan_kind(batch: ForwardBatch, kind: LayerKind, block_size: int) -> KindPlan:
     if kind.window is None:
         keys, look_back, writes = _plan_blocks(batch, block_size)
     else:
         keys, look_back, writes = _plan_window(batch, kind.window)
-    query_scale = None
-    if kind.query_scaling is not None:
-        scaling = kind.query_scaling
-        turns = (batch.positions // scaling.original_max_positions).clamp(min=0)
-        query_scale = (1 + scaling.beta * torch.log1p(turns.float())).view(-1, 1, 1)
-    return KindPlan(rotation, keys, kind.window, look_back, writes, query_scale)
+    return KindPlan(turn_of(batch.positions, kind), keys, kind.window, look_back, writes)
 
 
 def _plan_blocks(batch: ForwardBatch, block_size: int) -> tuple[KeyRows, None, RingWrites]:

@@ -29,19 +29,19 @@ from scission.common.layers.mlp import GatedMLP
 from scission.common.layers.norm import RMSNorm
 from scission.common.layers.numerics import Numerics
 from scission.common.layers.rope import YarnScaling, rope_frequencies
+from scission.common.layers.row_input import RowInput
 from scission.common.model.architecture import Architecture, Facts
 from scission.common.model.decoder import (
     Decoder,
-    KeyValues,
     ResidualLayer,
-    attend_and_keep,
     key_value_layout,
 )
-from scission.common.model.dense_plan import KindPlan, LayerKind, QueryScaling
+from scission.common.model.dense_plan import LayerKind, QueryScaling
+from scission.common.model.dense_step import KeyValues, Rows, Step
 from scission.common.model.fields import ConfigFields
 from scission.common.model.rope_fields import read_rope
 from scission.common.parallel.ranks import Ranks
-from scission.kernels.rope import rotate_halves_
+from scission.kernels.dense_attention import Heads
 
 NAME = "Mistral3ForConditionalGeneration"
 FULL, SLIDING = "full", "sliding"
@@ -165,6 +165,7 @@ class Ministral3(Decoder):
             dict.fromkeys(config.layer_kinds, kind),
             config.layer_kinds,
             _layout(config, heads.num_local_kv_heads, numerics, block_size),
+            numerics,
         )
 
 
@@ -188,16 +189,23 @@ class Attention:
     ) -> None:
         d, head_dim = config.hidden_size, config.head_dim
         self._projections = HeadProjections(w, d, head_dim, heads, numerics)
+        self._heads = Heads(
+            heads.num_local_kv_heads,
+            head_dim,
+            scale=head_dim**-0.5,
+            window=config.sliding_window,
+        )
         self._out = HeadsOutput(w, d, head_dim, heads, numerics)
-        self._scale = head_dim**-0.5
 
-    def __call__(self, x: Tensor, plan: KindPlan, state: KeyValues) -> Tensor:
+    @property
+    def input(self) -> RowInput:
+        """How the rows are taken."""
+        return self._projections.input
+
+    def __call__(self, x: Rows, step: Step, state: KeyValues) -> Tensor:
         """[num_tokens, d], normalised -> [num_tokens, d]."""
-        q, k, v = self._projections(x)
-        q, k = rotate_halves_(q, plan.rotation), rotate_halves_(k, plan.rotation)
-        if plan.query_scale is not None:
-            q = (q.float() * plan.query_scale).to(q.dtype)
-        return self._out(attend_and_keep(q, k, v, plan, state, self._scale))
+        qkv = self._projections(x)
+        return self._out(step.attend(qkv, self._heads, state, None, self._out.input))
 
 
 def cache_layout(config: Ministral3Config, numerics: Numerics, block_size: int) -> CacheLayout:

@@ -24,19 +24,19 @@ from scission.common.layers.mlp import GatedMLP
 from scission.common.layers.norm import RMSNorm
 from scission.common.layers.numerics import Numerics
 from scission.common.layers.rope import YarnScaling, rope_frequencies
+from scission.common.layers.row_input import RowInput
 from scission.common.model.architecture import Architecture, Facts
 from scission.common.model.decoder import (
     Decoder,
-    KeyValues,
     ResidualLayer,
-    attend_and_keep,
     key_value_layout,
 )
-from scission.common.model.dense_plan import KindPlan, LayerKind
+from scission.common.model.dense_plan import LayerKind
+from scission.common.model.dense_step import KeyValues, Rows, Step
 from scission.common.model.fields import ConfigFields
 from scission.common.model.rope_fields import read_rope
 from scission.common.parallel.ranks import Ranks
-from scission.kernels.rope import rotate_halves_
+from scission.kernels.dense_attention import Heads
 
 NAME = "Qwen3ForCausalLM"
 FULL = "full"
@@ -124,6 +124,7 @@ class Qwen3(Decoder):
             {FULL: kind},
             [FULL] * layers,
             _layout(config, heads.num_local_kv_heads, numerics, block_size),
+            numerics,
         )
 
 
@@ -145,17 +146,25 @@ class Attention:
     ) -> None:
         d, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         self._projections = HeadProjections(w, d, head_dim, heads, numerics)
-        self._q_norm = RMSNorm(w, "q_norm", head_dim, eps)
-        self._k_norm = RMSNorm(w, "k_norm", head_dim, eps)
+        self._heads = Heads(
+            heads.num_local_kv_heads,
+            head_dim,
+            scale=head_dim**-0.5,
+            q_weight=RMSNorm(w, "q_norm", head_dim, eps).weight,
+            k_weight=RMSNorm(w, "k_norm", head_dim, eps).weight,
+            eps=eps,
+        )
         self._out = HeadsOutput(w, d, head_dim, heads, numerics)
-        self._scale = head_dim**-0.5
 
-    def __call__(self, x: Tensor, plan: KindPlan, state: KeyValues) -> Tensor:
+    @property
+    def input(self) -> RowInput:
+        """How the rows are taken."""
+        return self._projections.input
+
+    def __call__(self, x: Rows, step: Step, state: KeyValues) -> Tensor:
         """[num_tokens, d], normalised -> [num_tokens, d]."""
-        q, k, v = self._projections(x)
-        q = rotate_halves_(self._q_norm(q), plan.rotation)
-        k = rotate_halves_(self._k_norm(k), plan.rotation)
-        return self._out(attend_and_keep(q, k, v, plan, state, self._scale))
+        qkv = self._projections(x)
+        return self._out(step.attend(qkv, self._heads, state, None, self._out.input))
 
 
 def cache_layout(config: Qwen3Config, numerics: Numerics, block_size: int) -> CacheLayout:

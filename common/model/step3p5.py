@@ -5,7 +5,7 @@ zero-centred, rope differs by layer kind, and clamps are per layer, after silu.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,18 +28,19 @@ from scission.common.layers.mlp import GatedMLP
 from scission.common.layers.norm import RMSNorm
 from scission.common.layers.numerics import Numerics
 from scission.common.layers.rope import Llama3Scaling, llama3_frequencies, rope_frequencies
+from scission.common.layers.row_input import RowInput, input_of
 from scission.common.model.architecture import Architecture, Facts
 from scission.common.model.decoder import (
     Decoder,
-    KeyValues,
+    FeedForward,
     ResidualLayer,
-    attend_and_keep,
     key_value_layout,
 )
-from scission.common.model.dense_plan import KindPlan, LayerKind
+from scission.common.model.dense_plan import LayerKind
+from scission.common.model.dense_step import KeyValues, Rows, Step
 from scission.common.model.fields import ConfigFields
 from scission.common.parallel.ranks import Ranks
-from scission.kernels.rope import rotate_halves_
+from scission.kernels.dense_attention import Heads
 
 NAME = "Step3p5ForCausalLM"
 FULL, SLIDING = "full", "sliding"
@@ -267,6 +268,7 @@ class Step3p5(Decoder):
                 numerics,
                 block_size,
             ),
+            numerics,
         )
 
 
@@ -289,7 +291,7 @@ def _layer(
 
 def _feed_forward(
     w: Weights, config: Step3p5Config, layer: int, ranks: Ranks, numerics: Numerics
-) -> Callable[[Tensor], Tensor]:
+) -> FeedForward:
     """Dense, or routed experts beside a shared one; their limits are different lists."""
     d, shared_limit = config.hidden_size, config.swiglu_limits_shared[layer]
     if layer not in config.moe_layers:
@@ -326,28 +328,34 @@ class Attention:
         kind = config.kinds[config.layer_kinds[layer]]
         d, head_dim, eps = config.hidden_size, kind.head_dim, config.rms_norm_eps
         self._projections = HeadProjections(w, d, head_dim, heads, numerics)
-        self._q_norm = RMSNorm(w, "q_norm", head_dim, eps, is_zero_centered=True)
-        self._k_norm = RMSNorm(w, "k_norm", head_dim, eps, is_zero_centered=True)
         gate = w.matrix("g_proj", kind.num_heads, d, heads.queries(1))
-        self._gate = Linear([gate], numerics, rounds_input=False)
-        self._out = HeadsOutput(w, d, head_dim, heads, numerics)
-        self._sink: Tensor | None = None
+        self._gate = Linear([gate], numerics)
+        sink: Tensor | None = None
         if config.has_sink:
             shape, shard = (kind.num_heads,), heads.queries(1)
-            sink = w.tensor("sinks", shape, torch.float32, shard, or_dtype=torch.bfloat16)
-            self._sink = sink.float()
-        self._has_rope = config.has_rope[layer]
-        self._scale = head_dim**-0.5
+            sink = w.tensor("sinks", shape, torch.float32, shard, or_dtype=torch.bfloat16).float()
+        self._heads = Heads(
+            heads.num_local_kv_heads,
+            head_dim,
+            scale=head_dim**-0.5,
+            window=kind.window,
+            q_weight=RMSNorm(w, "q_norm", head_dim, eps, is_zero_centered=True).weight,
+            k_weight=RMSNorm(w, "k_norm", head_dim, eps, is_zero_centered=True).weight,
+            eps=eps,
+            has_rope=config.has_rope[layer],
+            sink=sink,
+        )
+        self._out = HeadsOutput(w, d, head_dim, heads, numerics)
 
-    def __call__(self, x: Tensor, plan: KindPlan, state: KeyValues) -> Tensor:
+    @property
+    def input(self) -> RowInput:
+        """How the rows are taken."""
+        return input_of(self._projections.linear, self._gate)
+
+    def __call__(self, x: Rows, step: Step, state: KeyValues) -> Tensor:
         """[num_tokens, d], normalised -> [num_tokens, d]."""
-        q, k, v = self._projections(x)
-        q, k = self._q_norm(q), self._k_norm(k)
-        if self._has_rope:
-            q, k = rotate_halves_(q, plan.rotation), rotate_halves_(k, plan.rotation)
-        o = attend_and_keep(q, k, v, plan, state, self._scale, self._sink)
-        gate = self._gate(x).float().sigmoid().to(o.dtype)
-        return self._out(o * gate.unsqueeze(-1))
+        qkv, gate = self._projections(x), self._gate(x)
+        return self._out(step.attend(qkv, self._heads, state, gate, self._out.input))
 
 
 def _frequencies(kind: KindConfig) -> Tensor:

@@ -1,13 +1,19 @@
-"""Grouped-query attention over listed rows of K and V: blocks, rings and fresh tokens alike."""
+"""Grouped-query attention over K and V of blocks, rings and fresh tokens: `attend_dense` by rows
+that the host has listed, `attend_heads` from a step's projections on, where its `Places` say.
+"""
 
 import torch
 from torch import Tensor
 
-from scission.kernels.dense_attention import reference
+from scission.kernels.dense_attention import places_reference, reference
+from scission.kernels.dense_attention.heads import Heads, Turn
 from scission.kernels.dense_attention.key_rows import KeyRows, tiles_of
+from scission.kernels.dense_attention.places_reference import turn_heads
+from scission.kernels.linear import QuantizedRows, Scaling, quantize_rows
+from scission.kernels.places import Places
 from scission.kernels.target import target_of
 
-__all__ = ["KeyRows", "attend_dense", "tiles_of"]
+__all__ = ["Heads", "KeyRows", "Turn", "attend_dense", "attend_heads", "tiles_of", "turn_heads"]
 
 _HEAD_DIMS = (64, 128, 256)
 _KERNEL_DTYPE = torch.bfloat16
@@ -58,3 +64,55 @@ def attend_dense(
     from scission.kernels.dense_attention.listed_rows import attend_listed_rows
 
     return attend_listed_rows(q, k, v, keys, keys.tiles, scale, window, sink, target)
+
+
+def attend_heads(
+    qkv: Tensor,
+    heads: Heads,
+    turn: Turn,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    places: Places,
+    gate: Tensor | None = None,
+    scaling: Scaling | None = None,
+    static_scale: Tensor | None = None,
+) -> Tensor | QuantizedRows:
+    """From one layer's projections to the rows that its output projection takes.
+
+    Queries and keys are normalised, turned and scaled as `heads` and `turn` say; K and V are
+    written into their blocks (or, with a window, rings of `window` rows); every query attends to
+    its sequence's keys at its own position and before, with a window to those after
+    position - window.
+    Padding attends to nothing and gives zeros.
+
+    Args:
+        qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim]; what it holds afterwards is not
+            said.
+        k_pool, v_pool: [pool rows, num_kv_heads, head_dim] of qkv's dtype.
+        gate: [num_tokens, num_heads]: every head's output is multiplied by its sigmoid.
+        scaling, static_scale: how the output is rounded, as `quantize_rows` takes them; None: it is
+            given as it is.
+
+    Returns:
+        [num_tokens, num_heads * head_dim].
+    """
+    wanted = (heads.num_kv_heads, heads.head_dim)
+    num_heads = heads.num_heads(qkv)
+    if (
+        k_pool.shape != v_pool.shape
+        or tuple(k_pool.shape[1:]) != wanted
+        or qkv.shape[1] % heads.head_dim
+        or num_heads < 0
+        or (heads.num_kv_heads and num_heads % heads.num_kv_heads)
+    ):
+        raise ValueError(
+            f"qkv {list(qkv.shape)}, k {list(k_pool.shape)} and v {list(v_pool.shape)} do not fit "
+            f"{wanted[0]} key-value heads of {wanted[1]} channels"
+        )
+    if qkv.shape[0] != places.num_tokens:
+        raise ValueError(f"{qkv.shape[0]} rows do not fit {places.num_tokens} tokens")
+    out = places_reference.attend_heads(qkv, heads, turn, k_pool, v_pool, places)
+    if gate is not None:
+        out = out * gate.float().sigmoid().to(out.dtype).unsqueeze(-1)
+    rows = out.flatten(1)
+    return rows if scaling is None else quantize_rows(rows, scaling, static_scale)

@@ -54,7 +54,7 @@ def _attend_single(
     tokens = torch.tensor([keys.spans[i][0] for i in sequences], device=q.device)
     rows = keys.rows[picked, :num_keys]
     positions = keys.firsts[picked].unsqueeze(1) + torch.arange(num_keys, device=q.device)
-    is_seen = _is_seen(keys.positions[tokens].unsqueeze(1), positions, window)
+    seen = is_seen(keys.positions[tokens].unsqueeze(1), positions, window)
     # [seqs, kv_heads, num_keys, dim]
     k_rows, v_rows = (
         pool.index_select(0, rows.flatten()).view(*rows.shape, *pool.shape[1:]).transpose(1, 2)
@@ -65,7 +65,7 @@ def _attend_single(
     # [seqs, kv_heads, group, 1, dim]
     queries = q.index_select(0, tokens).view(len(sequences), num_kv_heads, group, 1, dim)
     sinks = sink.view(num_kv_heads, group, 1, 1) if sink is not None else None
-    values = _attend(queries, k_rows, v_rows, is_seen.view(-1, 1, 1, 1, num_keys), scale, sinks)
+    values = attend_tile(queries, k_rows, v_rows, seen.view(-1, 1, 1, 1, num_keys), scale, sinks)
     out.index_copy_(0, tokens, values.view(len(sequences), -1, dim))
 
 
@@ -90,7 +90,7 @@ def _attend_chunk(
     sinks = sink.view(num_kv_heads, group, 1, 1) if sink is not None else None
     columns = torch.arange(num_keys, device=q.device)
     positions = keys.firsts[sequence] + columns
-    tile = max(_TILE_ELEMENTS // max(num_keys * q.shape[1], 1), 1)
+    tile = queries_of_tile(num_keys, q.shape[1])
     tile = min(tile, max(window, 128)) if window is not None else tile
     for start in range(0, num_queries, tile):
         stop = min(start + tile, num_queries)
@@ -98,43 +98,48 @@ def _attend_chunk(
         last = num_keys - num_queries + stop
         low = max(0, last - (stop - start) - window + 1) if window is not None else 0
         tokens = slice(first + start, first + stop)
-        is_seen = _is_seen(keys.positions[tokens].unsqueeze(1), positions[low:last], window)
+        seen = is_seen(keys.positions[tokens].unsqueeze(1), positions[low:last], window)
         # [kv_heads, group, queries, dim]
         queries = q[tokens].view(stop - start, num_kv_heads, group, dim).permute(1, 2, 0, 3)
-        values = _attend(
+        values = attend_tile(
             queries,
             k_rows[:, low:last],
             v_rows[:, low:last],
-            is_seen,
+            seen,
             scale,
             sinks,
         )
         out[tokens] = values.permute(2, 0, 1, 3).reshape(stop - start, -1, dim)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, is_seen: Tensor, scale: float, sink: Tensor | None
+def attend_tile(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, sink: Tensor | None
 ) -> Tensor:
     """[.., group, queries, dim] by [.., keys, dim], all heads of a group by the same keys.
 
-    `is_seen` and `sink` broadcast to [.., group, queries, keys].
+    `seen` and `sink` broadcast to [.., group, queries, keys].
     """
     queries = (q.float() * scale).flatten(-3, -2)
     # [.., group, queries, keys]
     scores = torch.unflatten(torch.matmul(queries, k.float().mT), -2, q.shape[-3:-1])
-    scores = scores.masked_fill_(~is_seen, _ABSENT)
+    scores = scores.masked_fill_(~seen, _ABSENT)
     if sink is not None:
         scores = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], dim=-1)
     weights = scores.softmax(-1)
     if sink is not None:
         weights = weights[..., :-1]
     # where nothing is seen the softmax is 0 / 0
-    weights = weights.masked_fill(~is_seen.any(-1, keepdim=True), 0.0)
+    weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0.0)
     values = torch.matmul(weights.flatten(-3, -2), v.float())
     return torch.unflatten(values, -2, q.shape[-3:-1]).to(q.dtype)
 
 
-def _is_seen(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+def queries_of_tile(num_keys: int, num_heads: int) -> int:
+    """How many queries' scores are held at once."""
+    return max(_TILE_ELEMENTS // max(num_keys * num_heads, 1), 1)
+
+
+def is_seen(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     """Whether a query at a position sees the key at another; the two broadcast."""
-    is_seen = (keys <= queries) & (keys >= 0)
-    return is_seen if window is None else is_seen & (keys > queries - window)
+    seen = (keys <= queries) & (keys >= 0)
+    return seen if window is None else seen & (keys > queries - window)

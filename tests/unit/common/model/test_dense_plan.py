@@ -83,13 +83,13 @@ def test_keys_of_sliding_layers_are_the_window_wherever_it_lies(
 
 def test_queries_grow_at_every_border_of_the_trained_context() -> None:
     plans, _ = _plan([(0, 130)], 0)
-    scale = plans["full"].query_scale
+    scale = plans["full"].turn.query_scale
     assert scale is not None
     steps = torch.tensor([0.0] * 64 + [1.0] * 64 + [2.0] * 2)
     torch.testing.assert_close(scale.flatten(), 1 + 0.1 * torch.log(1 + steps))
-    assert plans["sliding"].query_scale is None
+    assert plans["sliding"].turn.query_scale is None
 
 
 def test_the_rotation_is_scaled_where_a_kind_says_so() -> None:
     plans, _ = _plan([(5, 3)], 0)
-    torch.testing.assert_close(plans["sliding"].rotation, 1.5 * plans["full"].rotation)
+    torch.testing.assert_close(plans["sliding"].turn.rotation, 1.5 * plans["full"].turn.rotation)
