@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from scission.common.checkpoint.weights import Weights
-from scission.kernels.norm import rms_norm
+from scission.kernels.linear import QuantizedRows, Scaling
+from scission.kernels.norm import add_norm, rms_norm
 
 
 class RMSNorm:
@@ -20,3 +21,17 @@ class RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """[.., dim] -> [.., dim], fp32 inside."""
         return rms_norm(x, self.weight, self.eps)
+
+    def add(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        quantizes: Scaling | None = None,
+        static_scale: Tensor | None = None,
+        *,
+        keeps_values: bool = False,
+    ) -> tuple[Tensor, Tensor | QuantizedRows]:
+        """x + y and its norm, quantised or not: `add_norm` with this weight."""
+        return add_norm(
+            x, y, self.weight, self.eps, quantizes, static_scale, keeps_values=keeps_values
+        )

@@ -3,6 +3,9 @@
 Per token a sublayer reads sum_j pre_j h_j, and its output y gives the next streams
 h'_k = post_k y + sum_j comb[j, k] h_j. The coefficients come from the streams; comb is nearly
 doubly stochastic (Sinkhorn). All fp32 inside.
+
+`hc_pre` and `hc_post` are the two halves as the specification has them. `hc_read` and `hc_write`
+do the same with the norm that follows and with the writing put off to the next read.
 """
 
 import warnings
@@ -12,8 +15,22 @@ import torch
 from torch import Tensor
 
 from scission.kernels.hyper_connections import reference
+from scission.kernels.hyper_connections.streams import Mix, Pending, Streams
+from scission.kernels.linear import QuantizedRows, quantize_rows
+from scission.kernels.moe.outputs import ExpertOutputs
+from scission.kernels.norm import rms_norm
 
-__all__ = ["HyperConnection", "hc_head", "hc_post", "hc_pre"]
+__all__ = [
+    "HyperConnection",
+    "Mix",
+    "Streams",
+    "hc_head",
+    "hc_post",
+    "hc_pre",
+    "hc_read",
+    "hc_read_head",
+    "hc_write",
+]
 
 with warnings.catch_warnings():
     # deprecated in favour of torch.compile, which needs a C++ compiler where it runs
@@ -90,6 +107,63 @@ def hc_head(streams: Tensor, connection: HyperConnection) -> Tensor:
     c = connection
     norm_eps = _constants(streams, c)[0]
     return reference.hc_head(streams, c.fn, c.scale, c.base, norm_eps, c.eps)
+
+
+def hc_read(
+    streams: Streams,
+    connection: HyperConnection,
+    norm_weight: Tensor,
+    norm_eps: float,
+    *,
+    quantizes: bool,
+) -> tuple[Tensor | QuantizedRows, Mix]:
+    """What a sublayer reads, normalised; what was pending in the streams is written first.
+
+    Args:
+        streams: brought up to date in place.
+        norm_weight: [d] float32, of the RMSNorm before the sublayer.
+        norm_eps: of that norm.
+        quantizes: x is wanted as e4m3 codes, too (scaled by powers of two, blocks of 128).
+
+    Returns:
+        x [num_tokens, d] of the streams' dtype, or quantised with x as `values`; and what
+        `hc_write` takes.
+    """
+    h = _up_to_date(streams)
+    x, post, comb = hc_pre(h, connection)
+    x = rms_norm(x, norm_weight, norm_eps)
+    return quantize_rows(x, "ue8m0") if quantizes else x, Mix(post, comb)
+
+
+def hc_write(y: Tensor | ExpertOutputs, streams: Streams, mix: Mix) -> Streams:
+    """The streams after a sublayer that read `streams` by `mix` and put out y.
+
+    Args:
+        y: [num_tokens, d] of the streams' dtype, or what experts put out, not summed yet.
+        streams: as `hc_read` left them; they share memory with the result and are void afterwards.
+    """
+    num_tokens, _, d = streams.values.shape
+    found = (y.num_tokens, y.rows.shape[2]) if isinstance(y, ExpertOutputs) else y.shape
+    if found != (num_tokens, d):
+        raise ValueError(f"y {list(found)} does not fit streams {list(streams.values.shape)}")
+    assert streams.pending is None, "streams are read before they are written"
+    return Streams(streams.values, Pending(y, mix))
+
+
+def hc_read_head(
+    streams: Streams, connection: HyperConnection, norm_weight: Tensor, norm_eps: float
+) -> Tensor:
+    """`hc_head` of the streams, brought up to date, and the final norm: [num_tokens, d]."""
+    return rms_norm(hc_head(_up_to_date(streams), connection), norm_weight, norm_eps)
+
+
+def _up_to_date(streams: Streams) -> Tensor:
+    pending = streams.pending
+    if pending is not None:
+        h, mix = streams.values, pending.mix
+        streams.values = hc_post(pending.summed(h.dtype), h, mix.post, mix.comb)
+        streams.pending = None
+    return streams.values
 
 
 def _constants(

@@ -1,10 +1,11 @@
-"""RMSNorm: fp32 inside, one cast at the end."""
+"""RMSNorm, alone and with the residual sum before it: fp32 inside, one cast at the end."""
 
 from torch import Tensor
 
+from scission.kernels.linear import QuantizedRows, Scaling, quantize_rows
 from scission.kernels.norm import reference
 
-__all__ = ["rms_norm"]
+__all__ = ["add_norm", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -17,6 +18,45 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Returns:
         [.., n] of x's dtype.
     """
+    _check_weight(x, weight)
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_norm(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    quantizes: Scaling | None = None,
+    static_scale: Tensor | None = None,
+    *,
+    keeps_values: bool = False,
+) -> tuple[Tensor, Tensor | QuantizedRows]:
+    """The residual sum, and its RMSNorm as the next layer takes it.
+
+    Args:
+        x: [num_tokens, d] float32 or bfloat16; y: likewise, or None: nothing is added.
+        weight: [d] float32.
+        quantizes: how the normalised rows are scaled; None: they stay as they are.
+        static_scale: [] float32, with "static" and only there.
+        keeps_values: the rows are wanted before quantisation as well.
+
+    Returns:
+        x + y [num_tokens, d] (x itself where there is no y), and the normalised rows of x's dtype.
+    """
+    _check_weight(x, weight)
+    if x.dim() != 2 or (y is not None and (y.shape != x.shape or y.dtype != x.dtype)):
+        raise ValueError(f"x must be [num_tokens, d] and y like it, got {list(x.shape)}")
+    total = x if y is None else x + y
+    normed = reference.rms_norm(total, weight, eps)
+    if quantizes is None:
+        return total, normed
+    rows = quantize_rows(normed, quantizes, static_scale)
+    return total, rows if keeps_values else QuantizedRows(
+        values=None, codes=rows.codes, scales=rows.scales
+    )
+
+
+def _check_weight(x: Tensor, weight: Tensor | None) -> None:
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must be [{x.shape[-1]}], got {list(weight.shape)}")
-    return reference.rms_norm(x, weight, eps)
