@@ -8,11 +8,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from scission.kernels.cache import launches as cache_launches
+from scission.kernels.compressor import launches as compressor_launches
+from scission.kernels.decode_rows import launches as decode_rows_launches
 from scission.kernels.dense_attention import listed_rows
 from scission.kernels.dense_attention.key_rows import TILE_QUERIES
+from scission.kernels.latents import launches as latent_launches
 from scission.kernels.linear import block_fp8, quantize_input
 from scission.kernels.linear.rows import Scaling
 from scission.kernels.moe import group_rows, grouped_fp4
+from scission.kernels.sampling import launches as sampling_launches
 from scission.kernels.target import Target
 
 # Triton's default
@@ -44,6 +49,8 @@ def launches(target: Target) -> Iterator[Launch]:
     yield from _linear(target)
     yield from _experts(target)
     yield from _dense_attention(target)
+    yield from _state(target)
+    yield from _decode_steps()
 
 
 def _linear(target: Target) -> Iterator[Launch]:
@@ -224,3 +231,20 @@ def _dense_attention(target: Target) -> Iterator[Launch]:
             {"HEAD_DIM": 128, "HAS_SINK": has_sink},
             listed_rows.ADD_WARPS,
         )
+
+
+def _decode_steps() -> Iterator[Launch]:
+    """What a captured step runs besides the model, the same for every target."""
+    for folder in (sampling_launches, decode_rows_launches):
+        for kernel, types, constants, num_warps in folder.launches():
+            yield Launch(kernel, types, constants, num_warps)
+
+
+def _state(target: Target) -> Iterator[Launch]:
+    """DeepSeek-V4's latents, compressors and rings."""
+    for launch in (
+        *latent_launches.launches(target),
+        *compressor_launches.launches(),
+        *cache_launches.launches(),
+    ):
+        yield Launch(*launch)

@@ -1,15 +1,34 @@
 """Drawing tokens from logits by counter-based randomness, and the logprobs that describe them.
 
-Each function checks its arguments (ValueError) and runs the plain-PyTorch reference on the tensors'
-device.
+Each function checks its arguments (ValueError). `draw_next_` is what a captured graph holds; the
+others run the plain-PyTorch reference on the tensors' device.
 """
 
 from torch import Tensor
 
 from scission.kernels.sampling import reference
-from scission.kernels.sampling.reference import Allowed, Bias, Draws, Penalties, Random
+from scission.kernels.sampling.reference import (
+    Allowed,
+    Bias,
+    Draws,
+    NextTokens,
+    Penalties,
+    Random,
+)
+from scission.kernels.target import target_of
 
-__all__ = ["Allowed", "Bias", "Draws", "Penalties", "Random", "greedy", "sample", "token_logprobs"]
+__all__ = [
+    "Allowed",
+    "Bias",
+    "Draws",
+    "NextTokens",
+    "Penalties",
+    "Random",
+    "draw_next_",
+    "greedy",
+    "sample",
+    "token_logprobs",
+]
 
 
 def _check(logits: Tensor) -> None:
@@ -51,6 +70,29 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
             f"draws are for {len(draws.random.temperatures)} rows, logits have {logits.shape[0]}"
         )
     return reference.sample(logits, draws)
+
+
+def draw_next_(logits: Tensor, rows: NextTokens) -> None:
+    """Draw each row's next token as `sample` does, and put it and its place where they are read.
+
+    A row that is padding stays as it is. Nothing waits for the host: the launches depend on the
+    shape of the logits alone.
+
+    Args:
+        logits: [rows, vocab] float32, of the tokens that `rows` holds.
+        rows: token_ids become the drawn ones; positions, context_lens, writer_ends and counts grow
+            by one.
+    """
+    _check(logits)
+    if rows.positions.shape != (logits.shape[0],):
+        raise ValueError(f"there are {rows.positions.shape[0]} rows, logits have {logits.shape[0]}")
+    if target_of(logits.device) is None:
+        reference.draw_next_(logits, rows)
+        return
+    # only where a kernel is launched is Triton needed
+    from scission.kernels.sampling.next_tokens import draw_next
+
+    draw_next(logits, rows)
 
 
 def token_logprobs(

@@ -18,6 +18,8 @@ PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW_32 = 0xFFFFFFFF
 
 MIN_TEMPERATURE = 1e-5  # a lower one is greedy
+# top-p's unit of probability: sums over any vocabulary stay whole numbers that float64 holds
+MASS_OF_THE_LARGEST = 2.0**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,26 @@ class Draws:
     bias: Bias | None = None
     allowed: Allowed | None = None
     penalties: Penalties | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NextTokens:
+    """The rows of a batch that runs on the device: what each is fed next, and how it draws.
+
+    A row's position is -1 where it is padding: nothing of it is read or written.
+    """
+
+    token_ids: Tensor  # [rows] int64
+    positions: Tensor  # [rows] int64: of that token
+    context_lens: Tensor  # [rows] int32: position + 1
+    writer_ends: Tensor  # [rows] int64: position + 1
+    temperatures: Tensor  # [rows] float32; 0 is greedy
+    seeds: Tensor  # [rows] int64
+    choices: Tensor  # [rows] int64
+    counts: Tensor  # [rows] int64: tokens of the output so far, those under way included
+    top_k: Tensor  # [rows] int64; 0 is off
+    top_p: Tensor  # [rows] float32; 1 is off
+    min_p: Tensor  # [rows] float32; 0 is off
 
 
 def philox(counters: tuple[Tensor, Tensor, Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> Tensor:
@@ -149,15 +171,15 @@ def adjust(logits: Tensor, draws: Draws) -> Tensor:
 def keep_likely(logits: Tensor, draws: Draws) -> Tensor:
     """Forbid (-inf) what min-p, then top-k, then top-p cut off; the most likely token always stays.
 
-    Ties are kept in the order of token ids, so that top-k keeps exactly k.
+    Ties are kept in the order of token ids, so that top-k keeps exactly k. Nothing depends on the
+    order of a sum: min-p bounds a quotient to the largest probability, and top-p's masses are
+    whole numbers.
 
     Args:
-        logits: [rows, vocab] float32, already divided by the temperature.
+        logits: [rows, vocab] float32, already divided by the temperature; the largest is 0.
     """
     if draws.min_p is not None:
-        probabilities = logits.softmax(-1)
-        floor = draws.min_p[:, None] * probabilities.amax(-1, keepdim=True)
-        logits = logits.masked_fill(probabilities < floor, float("-inf"))
+        logits = logits.masked_fill(logits < min_logits(draws.min_p)[:, None], float("-inf"))
     if draws.top_k is None and draws.top_p is None:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -166,11 +188,19 @@ def keep_likely(logits: Tensor, draws: Draws) -> Tensor:
         ranks = torch.arange(logits.shape[1], device=logits.device)
         cut |= (ranks >= draws.top_k[:, None]) & (draws.top_k > 0)[:, None]
     if draws.top_p is not None:
-        probabilities = ordered.masked_fill(cut, float("-inf")).softmax(-1).double()
-        before = probabilities.cumsum(-1) - probabilities  # mass of the more likely ones
-        cut |= (before >= draws.top_p[:, None]) & (draws.top_p < 1)[:, None]
+        masses = (
+            ordered.masked_fill(cut, float("-inf")).double().exp() * MASS_OF_THE_LARGEST + 0.5
+        ).long()
+        before = masses.cumsum(-1) - masses  # of the more likely ones
+        limits = draws.top_p.double() * masses.sum(-1)
+        cut |= (before >= limits[:, None]) & (draws.top_p < 1)[:, None]
         cut[:, 0] = False
     return logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), float("-inf"))
+
+
+def min_logits(min_p: Tensor) -> Tensor:
+    """[rows] float32: what logits below the largest, which is 0, min-p cuts off."""
+    return min_p.double().log().float()
 
 
 def sample(logits: Tensor, draws: Draws) -> Tensor:
@@ -198,3 +228,15 @@ def token_logprobs(
     ranks = (logits > own_logits).sum(-1) + 1
     top_ids = logits.topk(num_top, dim=-1).indices
     return own, ranks, top_ids, logprobs.gather(1, top_ids)
+
+
+def draw_next_(logits: Tensor, rows: NextTokens) -> None:
+    """Draw every row's next token and feed it back; see the public function of the same name."""
+    random = Random(rows.temperatures, rows.seeds, rows.choices, rows.counts)
+    drawn = sample(logits, Draws(random, rows.top_k, rows.top_p, rows.min_p))
+    is_live = rows.positions >= 0
+    rows.token_ids.copy_(torch.where(is_live, drawn, rows.token_ids))
+    for tensor in (rows.positions, rows.counts):
+        tensor.add_(is_live)
+    for ends in (rows.context_lens, rows.writer_ends):
+        ends.copy_(torch.where(is_live, rows.positions + 1, ends))

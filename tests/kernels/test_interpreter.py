@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("test_linear.py", "test_fp4_experts.py", "test_dense_attention.py", "test_coded_layers.py")
+FILES = (
+    "test_linear.py",
+    "test_fp4_experts.py",
+    "test_dense_attention.py",
+    "test_coded_layers.py",
+    "test_next_tokens.py",
+    "test_decode_rows.py",
+)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -133,7 +133,7 @@ def test_a_row_alone_draws_what_it_draws_in_a_batch() -> None:
 
 
 def kept(logits: list[float], **cuts: float) -> list[int]:
-    rows = torch.tensor([logits])
+    rows = torch.tensor([logits]) - max(logits)
     draws = Draws(**{name: torch.tensor([value]) for name, value in cuts.items()})  # type: ignore[arg-type]
     return reference.keep_likely(rows, draws)[0].isfinite().nonzero()[:, 0].tolist()
 
@@ -167,7 +167,7 @@ def test_filters_keep_the_likely(cuts: dict[str, float], expected: list[int]) ->
 
 
 def test_filters_of_one_row_leave_the_others() -> None:
-    logits = torch.tensor([LIKELY, LIKELY])
+    logits = torch.tensor([LIKELY, LIKELY]) - max(LIKELY)
     left = reference.keep_likely(
         logits, Draws(top_k=torch.tensor([0, 1]), top_p=torch.tensor([1.0, 1.0]))
     )

@@ -1,0 +1,44 @@
+"""The launches of this folder's kernels, for `kernels.launch_table`."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from scission.kernels.sampling import likely, next_tokens
+
+
+def launches() -> Iterator[tuple[Any, Mapping[str, str], Mapping[str, Any], int]]:
+    """Kernel, types, constants and warps of each; vocabularies are multiples of 16."""
+    sizes = {"vocab_size": "i32:16", "part_size": "i32:16", "stride_logits_row": "i32:16"}
+    parts = {"bests_ptr": "*fp32", "tokens_ptr": "*i32"}
+    constants = {"BLOCK": next_tokens.BLOCK, "MAX_PARTS": likely.MAX_PARTS}
+    rows = {"logits_ptr": "*fp32", "positions_ptr": "*i64"}
+    yield next_tokens.best_parts_kernel, rows | parts | sizes, constants, next_tokens.NUM_WARPS
+    yield (
+        next_tokens.draw_parts_kernel,
+        rows
+        | {"temperatures_ptr": "*fp32", "seeds_ptr": "*i64", "choices_ptr": "*i64"}
+        | {"counts_ptr": "*i64", "min_p_ptr": "*fp32", "least_keys_ptr": "*i64"}
+        | parts
+        | sizes,
+        constants,
+        next_tokens.NUM_WARPS,
+    )
+    yield (
+        likely.cut_rows_kernel,
+        rows
+        | {"temperatures_ptr": "*fp32", "top_k_ptr": "*i64", "top_p_ptr": "*fp32"}
+        | {"min_p_ptr": "*fp32", "bests_ptr": "*fp32", "listed_keys_ptr": "*i64"}
+        | {"listed_masses_ptr": "*i64", "least_keys_ptr": "*i64", "vocab_size": "i32:16"}
+        | {"num_parts": "i32", "stride_logits_row": "i32:16"},
+        {"BLOCK": likely.BLOCK, "MAX_LISTED": likely.MAX_LISTED, "MAX_PARTS": likely.MAX_PARTS},
+        likely.NUM_WARPS,
+    )
+    yield (
+        next_tokens.feed_back_kernel,
+        {"bests_ptr": "*fp32", "part_tokens_ptr": "*i32", "temperatures_ptr": "*fp32"}
+        | {"tokens_ptr": "*i64", "positions_ptr": "*i64", "context_lens_ptr": "*i32"}
+        | {"writer_ends_ptr": "*i64", "counts_ptr": "*i64", "vocab_size": "i32:16"}
+        | {"num_parts": "i32"},
+        {"MAX_PARTS": likely.MAX_PARTS},
+        next_tokens.FEED_WARPS,
+    )
