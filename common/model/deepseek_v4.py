@@ -43,7 +43,14 @@ from scission.common.model.deepseek_v4_step import (
 )
 from scission.common.model.step_plan import PlanGeometry, plan_step
 from scission.common.parallel.ranks import Ranks
-from scission.kernels.hyper_connections import HyperConnection, hc_head, hc_post, hc_pre
+from scission.kernels.hyper_connections import (
+    HyperConnection,
+    Streams,
+    hc_read,
+    hc_read_head,
+    hc_values,
+    hc_write,
+)
 from scission.kernels.target import target_of
 
 NUM_LAYER_GROUPS = 4
@@ -130,23 +137,17 @@ class DeepseekV4:
         Returns:
             [num_logits, vocab_size] float32, of the batch's `logits_at`.
         """
-        streams = self.run_layers(batch, storage, on_layers)
-        return self._logits(batch.logit_rows(streams))
+        streams = self._run_layers(batch, storage, on_layers)
+        if batch.logits_at.shape[0] != batch.num_tokens:
+            streams = streams.select(batch.logits_at)
+        norm = self._norm
+        return self._head(hc_read_head(streams, self._hc_head, norm.weight, norm.eps))
 
     def run_layers(
         self, batch: ForwardBatch, storage: CacheStorage, on_layers: OnLayers | None = None
     ) -> Tensor:
         """`forward` without the head: the streams [num_tokens, n, d] after the last layer."""
-        step = self._step(batch)
-        states = self._states(storage)
-        x = self._embed(batch.token_ids)
-        streams = x.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
-        for first, last in self.layer_groups:
-            for layer, state in zip(self._layers[first:last], states[first:last], strict=True):
-                streams = layer(streams, step, state)
-            if on_layers is not None:
-                on_layers(first, last)
-        return streams
+        return hc_values(self._run_layers(batch, storage, on_layers))
 
     def draft_logits(self, streams: Tensor, batch: ForwardBatch) -> Tensor:
         """What the MTP layer expects after the next token, from a whole prompt's streams.
@@ -171,8 +172,18 @@ class DeepseekV4:
         plan = plan_step(batch, self._geometry)
         return ListedStep(plan, self._geometry.window, self._numerics)
 
-    def _logits(self, streams: Tensor) -> Tensor:
-        return self._head(self._norm(hc_head(streams, self._hc_head)))
+    def _run_layers(
+        self, batch: ForwardBatch, storage: CacheStorage, on_layers: OnLayers | None
+    ) -> Streams:
+        step = self._step(batch)
+        states = self._states(storage)
+        streams = Streams.of(self._embed(batch.token_ids), self.config.hc_mult)
+        for first, last in self.layer_groups:
+            for layer, state in zip(self._layers[first:last], states[first:last], strict=True):
+                streams = layer(streams, step, state)
+            if on_layers is not None:
+                on_layers(first, last)
+        return streams
 
     def _states(self, storage: CacheStorage) -> "list[LayerState]":
         if self._bound is None or self._bound[0] is not storage:
@@ -201,14 +212,23 @@ class Layer:
         self._experts_norm = RMSNorm(w, "ffn_norm", d, eps)
         self._experts = _mixture(w.scope("ffn"), config, is_hashed, ranks, numerics)
 
-    def __call__(self, streams: Tensor, step: Step, state: LayerState | None) -> Tensor:
-        """[num_tokens, n, d] -> [num_tokens, n, d]; `state` None: a fresh window, not kept."""
-        x, post, comb = hc_pre(streams, self._hc_attention)
-        y = self._attention(self._attention_norm(x), step, state)
-        streams = hc_post(y, streams, post, comb)
-        x, post, comb = hc_pre(streams, self._hc_experts)
-        y = self._experts(self._experts_norm(x), step.token_ids)
-        return hc_post(y, streams, post, comb)
+    def __call__(self, streams: Streams, step: Step, state: LayerState | None) -> Streams:
+        """`state` None: a fresh window, not kept."""
+        norm = self._attention_norm
+        x, mix = hc_read(
+            streams, self._hc_attention, norm.weight, norm.eps, quantizes=step.quantizes
+        )
+        streams = hc_write(self._attention(x, step, state), streams, mix)
+        norm = self._experts_norm
+        x, mix = hc_read(streams, self._hc_experts, norm.weight, norm.eps, quantizes=step.quantizes)
+        return hc_write(self._experts(_values_of(x), step.token_ids), streams, mix)
+
+
+def _values_of(x: Rows) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    assert x.values is not None
+    return x.values
 
 
 class Attention:
@@ -356,8 +376,8 @@ class MultiTokenPredictor:
         """embedded [num_tokens, d] (next tokens), streams [num_tokens, n, d] -> [num_tokens, d]."""
         e = self._e_proj(self._embed_norm(embedded))
         h = self._h_proj(self._stream_norm(streams))
-        streams = self._layer(e.unsqueeze(1) + h, step, None)
-        return self._norm(hc_head(streams, self._hc_head))
+        after = self._layer(Streams(e.unsqueeze(1) + h), step, None)
+        return hc_read_head(after, self._hc_head, self._norm.weight, self._norm.eps)
 
 
 def layer_groups(num_layers: int) -> tuple[tuple[int, int], ...]:

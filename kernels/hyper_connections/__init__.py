@@ -29,6 +29,7 @@ __all__ = [
     "hc_pre",
     "hc_read",
     "hc_read_head",
+    "hc_values",
     "hc_write",
 ]
 
@@ -155,6 +156,11 @@ def hc_read_head(
 ) -> Tensor:
     """`hc_head` of the streams, brought up to date, and the final norm: [num_tokens, d]."""
     return rms_norm(hc_head(_up_to_date(streams), connection), norm_weight, norm_eps)
+
+
+def hc_values(streams: Streams) -> Tensor:
+    """The streams as they are once everything is written: [num_tokens, n, d]."""
+    return _up_to_date(streams)
 
 
 def _up_to_date(streams: Streams) -> Tensor:
