@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scission.kernels.cache import reference
 from scission.kernels.places import Places
+from scission.kernels.target import target_of
 
 __all__ = ["recent_rows", "write_paged_", "write_ring_", "write_rows_"]
 
@@ -55,7 +56,13 @@ def write_ring_(ring: Tensor, values: Tensor, size: int, places: Places) -> None
         values: [num_tokens, width] of the ring's dtype.
     """
     _check_values(ring, values, places)
-    reference.write_ring_(ring, values, size, places)
+    if target_of(ring.device) is None:
+        reference.write_ring_(ring, values, size, places)
+        return
+    # only where a kernel is launched is Triton needed
+    from scission.kernels.cache import write_rows
+
+    write_rows.write_ring_(ring, values, size, places)
 
 
 def write_paged_(pool: Tensor, values: Tensor, places: Places) -> None:
@@ -67,7 +74,12 @@ def write_paged_(pool: Tensor, values: Tensor, places: Places) -> None:
         values: [num_tokens, width] of the pool's dtype.
     """
     _check_values(pool, values, places)
-    reference.write_paged_(pool, values, places)
+    if target_of(pool.device) is None:
+        reference.write_paged_(pool, values, places)
+        return
+    from scission.kernels.cache import write_rows
+
+    write_rows.write_paged_(pool, values, places)
 
 
 def _check_values(pool: Tensor, values: Tensor, places: Places) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scission.kernels.compressor import reference
 from scission.kernels.places import Places
+from scission.kernels.target import target_of
 
 __all__ = ["compress_", "pool_blocks"]
 
@@ -84,7 +85,16 @@ def compress_(
         )
     if block_rotation.shape != (places.num_tokens, rope_dim // 2):
         raise ValueError(f"block_rotation {list(block_rotation.shape)} does not fit {rope_dim}")
-    reference.compress_(
+    if rounding == "index" and width & (width - 1):
+        raise ValueError(f"the Hadamard transform needs a power of two, got {width}")
+    arguments = (
         kv, score, ape, norm_weight, eps, block_rotation, ring_kv, ring_score, entries, ratio,
         rounding, places,
     )  # fmt: skip
+    if target_of(kv.device) is None or entries.dtype != torch.bfloat16:
+        reference.compress_(*arguments)
+        return
+    # only where a kernel is launched is Triton needed
+    from scission.kernels.compressor import compress
+
+    compress.compress_(*arguments)

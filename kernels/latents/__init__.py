@@ -8,6 +8,7 @@ from torch import Tensor
 from scission.kernels.latents import reference
 from scission.kernels.linear.rows import QuantizedRows
 from scission.kernels.places import Places
+from scission.kernels.target import target_of
 
 __all__ = ["index_queries", "norm_latents", "turn_heads_"]
 
@@ -52,9 +53,15 @@ def norm_latents(
         raise ValueError(f"rotation {list(rotation.shape)} does not fit x {list(x.shape)}")
     if ring is not None and (ring.shape[1] != dim or ring.dtype != x.dtype):
         raise ValueError(f"ring {list(ring.shape)} {ring.dtype} does not fit {dim} of {x.dtype}")
-    return reference.norm_latents(
-        x, q_weight, kv_weight, eps, rotation, round_kv, ring, window, places, keeps_values
-    )
+    arguments = (
+        x, q_weight, kv_weight, eps, rotation, round_kv, ring, window, places, keeps_values,
+    )  # fmt: skip
+    if target_of(x.device) is None or x.dtype != torch.bfloat16:
+        return reference.norm_latents(*arguments)
+    # only where a kernel is launched is Triton needed
+    from scission.kernels.latents import latent_rows
+
+    return latent_rows.norm_latents(*arguments)
 
 
 def turn_heads_(q: Tensor, eps: float, rotation: Tensor) -> Tensor:
@@ -68,7 +75,11 @@ def turn_heads_(q: Tensor, eps: float, rotation: Tensor) -> Tensor:
         q.
     """
     _check_heads(q, rotation)
-    return reference.turn_heads_(q, eps, rotation)
+    if target_of(q.device) is None or q.dtype != torch.bfloat16:
+        return reference.turn_heads_(q, eps, rotation)
+    from scission.kernels.latents import query_heads
+
+    return query_heads.turn_heads_(q, eps, rotation)
 
 
 def index_queries(q: Tensor, rotation: Tensor, rounds: bool) -> Tensor:
@@ -83,7 +94,15 @@ def index_queries(q: Tensor, rotation: Tensor, rounds: bool) -> Tensor:
         A new tensor like q.
     """
     _check_heads(q, rotation)
-    return reference.index_queries(q, rotation, rounds)
+    dim = q.shape[-1]
+    if rounds and dim & (dim - 1):
+        raise ValueError(f"the Hadamard transform needs a power of two, got {dim}")
+    target = target_of(q.device)
+    if target is None or q.dtype != torch.bfloat16 or dim < 32 or dim & (dim - 1):
+        return reference.index_queries(q, rotation, rounds)
+    from scission.kernels.latents import query_heads
+
+    return query_heads.index_queries(q, rotation, rounds, target)
 
 
 def _check_heads(q: Tensor, rotation: Tensor) -> None:

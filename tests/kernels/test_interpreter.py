@@ -14,6 +14,7 @@ FILES = (
     "test_coded_layers.py",
     "test_next_tokens.py",
     "test_decode_rows.py",
+    "test_state.py",
 )
 
 
