@@ -251,9 +251,9 @@ def compression(
     for sequence, slot in enumerate(places.slots.tolist()):
         length = int(places.cu_seqlens[sequence + 1] - places.cu_seqlens[sequence])
         start = int(places.context_lens[sequence]) - length
-        for position in range(max(start - size, 0), start):
-            for ring, seed in zip(rings, (2, 3), strict=True):
-                ring[slot, position % size] = draw((row,), device, seed * 1000 + position)
+        kept = torch.arange(max(start - size, 0), max(start, 0)) % size
+        for ring, seed in zip(rings, (2, 3), strict=True):
+            ring[slot, kept.to(device)] = draw((kept.shape[0], row), device, seed * 1000 + slot)
     entries = torch.full(
         (pools.num_blocks * (places.block_size // ratio), width), torch.nan, device=device
     )
@@ -365,3 +365,104 @@ def test_wrong_arguments_are_named() -> None:
         turn_heads_(torch.zeros(4, 2, 16), EPS, step.rotation)
     with pytest.raises(ValueError, match="power of two"):
         index_queries(torch.zeros(4, 2, 96), step.rotation, True)
+
+
+# --- at the shapes of DeepSeek-V4, on a device ---------------------------------------------------
+
+FLASH, PRO = (1024, 64), (1536, 128)  # q_lora, heads
+DECODE = {
+    "b1": [Chunk(4095, 1)],
+    "b8": [Chunk(4092 + i, 1) for i in range(8)],
+    "b64": [Chunk(64 * i + i % 3, 1) if i % 5 else Chunk(-1, 1) for i in range(64)],
+    "drafts": [Chunk(125 + i, 4) for i in range(16)],
+}
+PREFILL = {
+    "first chunk": [Chunk(0, 2048)],
+    "last chunk": [Chunk(6144, 2048, 8064)],
+    "many": [Chunk(0, 100), Chunk(130, 1000), Chunk(127, 1), Chunk(4000, 947, 4096)],
+}
+REAL = DECODE | PREFILL
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("batch", REAL)
+@pytest.mark.parametrize("model", [FLASH, PRO], ids=["flash", "pro"])
+def test_latents_and_heads_equal_their_definitions_at_real_shapes(
+    batch: str, model: tuple[int, int]
+) -> None:
+    device = torch.device("cuda", 0)
+    q_lora, heads = model
+    pools = place(REAL[batch], 128, device)
+    places = pools.places
+    x = draw((places.num_tokens, q_lora + 512), device).bfloat16()
+    weights = [1 + draw((size,), device, size) / 4 for size in (q_lora, 512)]
+    rotation = turns(places.positions, 64)
+    ring = torch.full((pools.num_slots * 128, 512), torch.nan, device=device).bfloat16()
+    expected_ring = ring.clone()
+    expected, expected_kv = latents_reference.norm_latents(
+        x, *weights, EPS, rotation, True, expected_ring, 128, places, False
+    )
+    rows, kv = norm_latents(x, *weights, EPS, rotation, True, ring, 128, places)
+    close(kv, expected_kv, FP8)
+    close(rows.dequantize(torch.float32), expected.dequantize(torch.float32), FP8)
+    close(ring, expected_ring, FP8)
+    q = draw((places.num_tokens, heads, 512), device).bfloat16()
+    expected_q = latents_reference.turn_heads_(q.clone(), EPS, rotation)
+    close(turn_heads_(q, EPS, rotation), expected_q, BF16)
+    q = draw((places.num_tokens, 64, 128), device).bfloat16()
+    expected_q = latents_reference.index_queries(q, rotation, True)
+    close(index_queries(q, rotation, True), expected_q, FP4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", REAL)
+@pytest.mark.parametrize(
+    ("ratio", "width", "rounding"), [(4, 512, "kv"), (4, 128, "index"), (128, 512, "kv")]
+)
+def test_a_compressors_step_equals_its_definition_at_real_shapes(
+    batch: str, ratio: int, width: int, rounding: Literal["kv", "index"]
+) -> None:
+    pools = place(REAL[batch], 128, torch.device("cuda", 0))
+    expected = compression(pools, ratio, width, 64, rounding)
+    actual = expected.copy()
+    expected.run(compressor_reference.compress_, pools.places)
+    actual.run(compress.compress_, pools.places)
+    close(actual.entries, expected.entries, FP4 if rounding == "index" else FP8)
+    assert same(actual.ring_kv, expected.ring_kv)
+    assert same(actual.ring_score, expected.ring_score)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", DECODE)
+def test_captured_state_kernels_replay_the_eager_ones_bit_for_bit(batch: str) -> None:
+    device = torch.device("cuda", 0)
+    pools = place(DECODE[batch], 128, device)
+    places = pools.places
+    steps = [
+        compression(pools, *shape)
+        for shape in ((4, 512, 64, "kv"), (4, 128, 64, "index"), (128, 512, 64, "kv"))
+    ]
+    x = draw((places.num_tokens, 1024 + 512), device).bfloat16()
+    weights = [torch.ones(size, device=device) for size in (1024, 512)]
+    rotation = turns(places.positions, 64)
+    queries = draw((places.num_tokens, 64, 512), device).bfloat16()
+
+    def run(steps: list[Compression], ring: Tensor) -> list[Tensor]:
+        rows, kv = norm_latents(x, *weights, EPS, rotation, True, ring, 128, places)
+        for step in steps:
+            step.run(compress.compress_, places)
+        write_rows.write_ring_(ring, kv, 128, places)
+        turned = turn_heads_(queries.clone(), EPS, rotation)
+        index = index_queries(queries[..., :128], rotation, True)
+        states = [part for s in steps for part in (s.entries, s.ring_kv, s.ring_score)]
+        return [rows.codes.float(), rows.scales, kv, turned, index, ring, *states]
+
+    ring = torch.full((pools.num_slots * 128, 512), torch.nan, device=device).bfloat16()
+    eager = run([step.copy() for step in steps], ring.clone())
+    captured_steps, captured_ring = [step.copy() for step in steps], ring.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(captured_steps, captured_ring)
+    graph.replay()
+    assert all(same(one, other) for one, other in zip(captured, eager, strict=True))
