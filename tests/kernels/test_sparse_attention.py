@@ -6,12 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from scission.kernels.attention import attend, attend_sparse
+from scission.kernels.attention import attend, attend_sparse, reference, sparse_rows
+from scission.kernels.attention.sparse_rows import Tile
 from scission.kernels.places import Places
 from scission.kernels.rope import rotate_, rotations
 from scission.kernels.testing import relative_error
 
 NAN = float("nan")
+# bf16 rounds the output, and the weights before they multiply the values
+TOLERANCE = 5e-3
+
+Arguments = tuple[
+    Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None, int, Tensor, float, Tensor, Places
+]
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,9 @@ class Case:
     # of every token, the rows it sees
     keys: list[Tensor]
 
-    def attend_sparse(self, shape: Shape) -> Tensor:
-        return attend_sparse(
+    def arguments(self, shape: Shape) -> Arguments:
+        """Of attend_sparse."""
+        return (
             self.q, self.kv, self.ring, shape.window, self.entries, self.picks, self.ratio,
             self.sink, shape.dim**-0.5, self.inverse, self.places,
         )  # fmt: skip
@@ -158,7 +166,7 @@ def test_places_name_the_keys_that_positions_see(batch: str, kind: str) -> None:
     case = make_case(
         chunks, SMALL, ratio, top_k, torch.float32, torch.device("cpu"), num_padding=num_padding
     )
-    out = case.attend_sparse(SMALL)
+    out = attend_sparse(*case.arguments(SMALL))
     for token, keys in enumerate(case.keys):
         if not len(keys):
             assert not out[token].any()
@@ -170,3 +178,24 @@ def test_places_name_the_keys_that_positions_see(batch: str, kind: str) -> None:
         )  # fmt: skip
         rotate_(expected, case.inverse[token : token + 1])
         assert relative_error(out[token], expected[0]) <= 1e-5
+
+
+def check_kernel(case: Case, shape: Shape, tile: Tile, num_splits: int) -> None:
+    arguments = case.arguments(shape)
+    actual = sparse_rows.attend_rows(*arguments, tile, num_splits)
+    assert relative_error(actual, reference.attend_sparse(*arguments)) <= TOLERANCE
+    assert not actual[case.places.positions < 0].any()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("num_splits", [1, 3], ids=["whole", "split"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_kernel_equals_its_reference(
+    batch: str, kind: str, num_splits: int, kernel_device: torch.device
+) -> None:
+    chunks, num_padding = BATCHES[batch]
+    # the interpreter multiplies bf16 as integers
+    dtype = torch.float16 if kernel_device.type == "cpu" else torch.bfloat16
+    case = make_case(chunks, SMALL, *KINDS[kind], dtype, kernel_device, num_padding)
+    check_kernel(case, SMALL, Tile(16, 16, 4, 1), num_splits)
