@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from scission.kernels.attention import launches as attention_launches
 from scission.kernels.cache import launches as cache_launches
 from scission.kernels.compressor import launches as compressor_launches
 from scission.kernels.decode_rows import launches as decode_rows_launches
@@ -50,6 +51,7 @@ def launches(target: Target) -> Iterator[Launch]:
     yield from _experts(target)
     yield from _dense_attention(target)
     yield from _state(target)
+    yield from _sparse_attention(target)
     yield from _decode_steps()
 
 
@@ -247,4 +249,9 @@ def _state(target: Target) -> Iterator[Launch]:
         *compressor_launches.launches(),
         *cache_launches.launches(),
     ):
+        yield Launch(*launch)
+
+
+def _sparse_attention(target: Target) -> Iterator[Launch]:
+    for launch in attention_launches.launches(target):
         yield Launch(*launch)

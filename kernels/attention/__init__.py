@@ -8,8 +8,12 @@ from torch import Tensor
 
 from scission.kernels.attention import reference
 from scission.kernels.places import Places
+from scission.kernels.target import target_of
 
 __all__ = ["attend", "attend_sparse"]
+
+_DIMS = (64, 128, 256, 512)
+_KERNEL_DTYPE = torch.bfloat16
 
 
 def attend(
@@ -79,7 +83,7 @@ def attend_sparse(
         ring: [slots * window, dim]: row slot * window + position % window.
         entries: [pool rows, dim]: entry e of a sequence lies in its block e // n, n = block_size //
             ratio, at row block * n + e % n; None exactly where ratio is 0: the window alone.
-        picks: [num_tokens, k] int32 rows of entries, -1 from each row's end on.
+        picks: [num_tokens, k] int32 rows of entries: min(k, (p + 1) // ratio) of them, then -1.
         ratio: tokens of an entry, which divides the block size.
         sink: [num_heads] float32, one more logit of each head's denominator, not scaled.
         scale: of the scores.
@@ -105,6 +109,18 @@ def attend_sparse(
         raise ValueError(f"picks must be [{num_tokens}, k] int32, got {list(picks.shape)}")
     if inverse.shape[0] != num_tokens or 2 * inverse.shape[1] > dim:
         raise ValueError(f"inverse {list(inverse.shape)} does not fit q {list(q.shape)}")
+    target = target_of(q.device)
+    pools = [kv, ring] if entries is None else [kv, ring, entries]
+    can_run = all(pool.is_contiguous() and pool.dtype == q.dtype for pool in pools)
+    if target is not None and can_run and q.dtype == _KERNEL_DTYPE and dim in _DIMS:
+        # only where a kernel is launched is Triton needed
+        from scission.kernels.attention import sparse_rows
+
+        tile, num_splits = sparse_rows.pick_tile(num_tokens, num_heads, target)
+        return sparse_rows.attend_rows(
+            q, kv, ring, window, entries, picks, ratio, sink, scale, inverse, places,
+            tile, num_splits,
+        )  # fmt: skip
     return reference.attend_sparse(
         q, kv, ring, window, entries, picks, ratio, sink, scale, inverse, places
     )

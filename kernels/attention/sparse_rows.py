@@ -243,7 +243,7 @@ class Tile:
 def tiles(target: Target) -> tuple[Tile, Tile]:
     """For few tokens, whose keys are split most, and for many."""
     if target.has_ptx:
-        return Tile(16, 32, 4, 2), Tile(64, 64, 8, 2)
+        return Tile(16, 32, 4, 2), Tile(64, 32, 8, 3)
     if target.warp_size == 32:
         return Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)
     return Tile(16, 32, 4, 1), Tile(32, 32, 4, 1)

@@ -15,6 +15,7 @@ FILES = (
     "test_next_tokens.py",
     "test_decode_rows.py",
     "test_state.py",
+    "test_sparse_attention.py",
 )
 
 
