@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scission.common.cache.device_rows import DeviceRows
 from scission.common.cache.layout import CacheLayout, Component, Kind
 
 SCRATCH = 0
@@ -64,12 +65,7 @@ class CacheStorage:
         self.paged: dict[str, Tensor] = {}
         self.slots: dict[str, Tensor] = {}
         self._byte_views: dict[str, Bytes] = {}
-        # reading for a transfer does not wait for the steps that run meanwhile
-        self._read_stream = (
-            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            if device.type == "cuda"
-            else None
-        )
+        self.on_device = DeviceRows(device) if device.type == "cuda" else None
         for c in layout.components:
             dtype = getattr(torch, c.dtype)
             if c.kind is Kind.PAGED:
@@ -159,13 +155,8 @@ class CacheStorage:
             feed: is given all of `out`, part by part in order, while it is warm in the caches.
         """
         component = self.layout.components[place.component]
-        if self.device.type != "cpu":
-            index = self.row_index(component, place.rows, place.block_ids, place.slot)
-            source = self.rows(component)[place.layers[0] : place.layers[1]].view(torch.uint8)
-            with torch.cuda.stream(self._read_stream):
-                picked = torch.index_select(source, 1, index.to(self.device))
-                # to pageable memory: the copy is complete when this returns
-                torch.from_numpy(out).copy_(picked.view(-1))
+        if self.on_device is not None:
+            self.on_device.read(*self._placed(component, place), out)
             if feed is not None:
                 feed(out.data)
             return
@@ -193,7 +184,7 @@ class CacheStorage:
         feed: Feed | None = None,
         private: Bytes | None = None,
     ) -> None:
-        """The inverse of `read_rows`.
+        """The inverse of `read_rows`, of a storage in host memory.
 
         Args:
             data: [num_layers * num_rows * row_bytes] uint8, contiguous.
@@ -202,20 +193,7 @@ class CacheStorage:
                 is read from the rows or from this buffer, never from the data.
         """
         component = self.layout.components[place.component]
-        if self.device.type != "cpu":
-            if private is not None:
-                np.copyto(private, data)
-                data = private
-            if feed is not None:
-                feed(data.data)
-            index = self.row_index(component, place.rows, place.block_ids, place.slot)
-            target = self.rows(component)[place.layers[0] : place.layers[1]].view(torch.uint8)
-            # pageable memory: the copy to the device is complete when this returns
-            moved = torch.from_numpy(data).to(self.device)
-            target.index_copy_(
-                1, index.to(self.device), moved.view(target.shape[0], -1, target.shape[2])
-            )
-            return
+        assert self.on_device is None, "see begin_write"
         base = self._row_bytes(component)[place.layers[0] : place.layers[1]]
         shape = (base.shape[0], place.rows[1] - place.rows[0], base.shape[2])
         shaped = data.reshape(shape)
@@ -235,6 +213,17 @@ class CacheStorage:
                 )
             if feed is not None:
                 feed(fed.data)
+
+    def begin_write(self, place: RowPlace, data: Bytes) -> Callable[[], None]:
+        """`write_rows` of a storage on a device: returns at once, with what waits for the end."""
+        assert self.on_device is not None, "see write_rows"
+        component = self.layout.components[place.component]
+        return self.on_device.write(*self._placed(component, place), data)
+
+    def _placed(self, component: Component, place: RowPlace) -> tuple[Tensor, Tensor]:
+        """The rows of the place's layers, and which of them are meant."""
+        rows = self.rows(component)[place.layers[0] : place.layers[1]]
+        return rows, self.row_index(component, place.rows, place.block_ids, place.slot)
 
     def _in_place(self, base: Bytes, layers: slice, segments: list[Segment]) -> Bytes | None:
         """The rows themselves, where they lie without a gap."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from scission.common.cache.device_rows import pin, unpin
 from scission.common.cache.storage import Bytes
 from scission.common.errors import TransferError
 
@@ -123,6 +124,8 @@ class Arena:
         self._descriptor = descriptor
         size = HEADER_BYTES + slot_bytes * num_slots
         memory = np.frombuffer(mmap.mmap(descriptor, size), np.uint8)
+        self._pinned: Bytes | None = None
+        self._memory = memory
         self._header = memory[:HEADER_BYTES]
         self._slots = memory[HEADER_BYTES:].reshape(num_slots, slot_bytes)
 
@@ -165,10 +168,19 @@ class Arena:
         view: Bytes = self._slots[number, :num_bytes]
         return view
 
+    def pin(self) -> None:
+        """Let devices copy from and to it by themselves. Raises RuntimeError where they cannot."""
+        pin(self._memory)
+        self._pinned = self._memory
+
     def close(self) -> None:
         """Let the file go; the mapping goes with its last view."""
+        if self._pinned is not None:
+            unpin(self._pinned)
+            self._pinned = None
         os.close(self._descriptor)
         empty = np.empty((0, 0), np.uint8)
+        self._memory = empty.reshape(-1)
         self._header, self._slots = empty[:0].reshape(-1), empty
 
     def remove(self) -> None:

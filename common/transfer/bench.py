@@ -8,13 +8,14 @@ machine's.
 import json
 import multiprocessing
 import platform
+import re
 import secrets
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import zmq
 
 from scission.common.cache.layout import CacheLayout, Component, Kind
 from scission.common.cache.storage import CacheStorage
-from scission.common.errors import TransferError
+from scission.common.errors import ConfigError, TransferError
 from scission.common.transfer.bench_floor import pair_rate
 from scission.common.transfer.events import (
     Closed,
@@ -84,6 +85,7 @@ class Load:
     layer_group: int = 8  # layers of one piece
     repeats: int = 5
     is_scattered: bool = False  # blocks of a request in random order, as in a pool that is used
+    devices: tuple[str, str] = ("cpu", "cpu")  # where the state lies at either end
 
     def blocks(self) -> list[int]:
         num_blocks = self.num_tokens // 128
@@ -127,7 +129,7 @@ def measure(tier: str, load: Load, options: TransferOptions) -> dict[str, Any]:
     epoch = secrets.randbits(63)
     process = context.Process(target=_receive, args=(theirs, load, options, epoch), daemon=True)
     process.start()
-    storage = _storage(load)
+    storage = _storage(load, load.devices[0])
     woken = threading.Event()
     sender = Sender(storage, DIGEST, "prefill-bench", 1, options, woken.set)
     try:
@@ -155,10 +157,10 @@ def measure(tier: str, load: Load, options: TransferOptions) -> dict[str, Any]:
             process.kill()
 
 
-def _storage(load: Load) -> CacheStorage:
+def _storage(load: Load, device: str) -> CacheStorage:
     torch.set_num_threads(1)
     layout = bench_layout(load.num_layers)
-    storage = CacheStorage(layout, load.num_tokens // 128 + 1, 2, torch.device("cpu"))
+    storage = CacheStorage(layout, load.num_tokens // 128 + 1, 2, torch.device(device))
     for tensor in storage.paged.values():
         tensor.fill_(1)  # every page its own, not the zero page
     return storage
@@ -202,7 +204,7 @@ def _wait(
 
 def _receive(pipe: Pipe, load: Load, options: TransferOptions, epoch: int) -> None:
     """The other process: an engine that does nothing but inject, until the pipe closes."""
-    storage = _storage(load)
+    storage = _storage(load, load.devices[1])
     woken = threading.Event()
     receiver = Receiver(storage, DIGEST, "decode-bench", epoch, options, woken.set)
     blocks = load.blocks()[::-1] if load.is_scattered else load.blocks()
@@ -223,88 +225,112 @@ def _receive(pipe: Pipe, load: Load, options: TransferOptions, epoch: int) -> No
         receiver.close()
 
 
-def tier_options(tier: str, directory: Path, slot_bytes: int, copy_threads: int) -> TransferOptions:
+def tier_options(tier: str, directory: Path, options: TransferOptions) -> TransferOptions:
     """Options that make a pair on this host take the tier."""
     curve = None
     if tier == "curve":
         public, secret = (key.decode() for key in zmq.curve_keypair())
         curve = CurveKeys(public, secret, public, frozenset({public}))
-    return TransferOptions(
-        arena_dir=directory if tier == "shared" else None,
-        slot_bytes=slot_bytes,
-        copy_threads=copy_threads,
-        curve=curve,
-    )
+    return replace(options, arena_dir=directory if tier == "shared" else None, curve=curve)
 
 
-def run(tiers: Sequence[str], load: Load, slot_bytes: int, copy_threads: int) -> dict[str, Any]:
-    """All tiers and the baselines, as one report."""
-    pair = pair_rate(slot_bytes, load.repeats)
+def run(tiers: Sequence[str], load: Load, options: TransferOptions) -> dict[str, Any]:
+    """All tiers and, between host memories, the baselines, as one report."""
+    is_on_host = load.devices == ("cpu", "cpu")
+    pair = pair_rate(options.slot_bytes, load.repeats) if is_on_host else None
     baseline = memcpy_rate()
     results = []
     for tier in tiers:
         with tempfile.TemporaryDirectory(dir=TransferOptions().arena_dir) as directory:
-            options = tier_options(tier, Path(directory), slot_bytes, copy_threads)
-            results.append(measure(tier, load, options))
+            results.append(measure(tier, load, tier_options(tier, Path(directory), options)))
     baseline = max(baseline, memcpy_rate())
     for result in results:
-        result["share_of_memcpy"] = result["median_gb_per_s"] * 1e9 / baseline
-        result["share_of_pair"] = result["median_gb_per_s"] * 1e9 / pair
+        rate = result["median_gb_per_s"] * 1e9
+        result["share_of_memcpy"] = rate / baseline
+        result["share_of_pair"] = rate / pair if pair is not None else None
     return {
         "machine": platform.machine(),
         "python": platform.python_version(),
         "zmq": zmq.zmq_version(),
-        "slot_bytes": slot_bytes,
+        "devices": load.devices,
+        "slot_bytes": options.slot_bytes,
+        "arena_bytes": options.arena_bytes,
+        "window_slots": options.window_slots,
+        "bulk_sockets": options.bulk_sockets,
+        "copy_threads": options.copy_threads,
         "tokens": load.num_tokens,
         "is_scattered": load.is_scattered,
-        "copy_threads": copy_threads,
         "memcpy_gb_per_s": baseline / 1e9,
-        "pair_gb_per_s": pair / 1e9,
+        "pair_gb_per_s": pair / 1e9 if pair is not None else None,
         "tiers": results,
     }
+
+
+def _devices(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, str]:
+    """One device for both ends, or two."""
+    names = value.split(",")
+    if len(names) > 2 or not all(re.fullmatch(r"cpu|cuda(:\d+)?", name) for name in names):
+        raise click.BadParameter(f"{value!r} is not cpu, cuda, cuda:N or two of them with a comma")
+    return names[0], names[-1]
+
+
+def _size(name: str, minimum: int) -> Callable[[Any], Any]:
+    """An option for a field of TransferOptions."""
+    return click.option(
+        f"--{name.replace('_', '-')}",
+        default=getattr(TransferOptions(), name),
+        show_default=True,
+        type=click.IntRange(minimum),
+    )
 
 
 @click.command("transfer", help="Hand-off between two processes of this host, per tier.")
 @click.option(
     "--tier", "tiers", multiple=True, type=click.Choice(TIERS), help="again for more  [all]"
 )
+@click.option(
+    "--devices",
+    default="cpu",
+    show_default=True,
+    callback=_devices,
+    help="where the state lies: one for both ends or two, as cuda:0,cuda:1",
+)
 @click.option("--tokens", default=Load().num_tokens, show_default=True, type=click.IntRange(128))
 @click.option("--repeats", default=Load().repeats, show_default=True, type=click.IntRange(1))
-@click.option(
-    "--slot-bytes",
-    default=TransferOptions().slot_bytes,
-    show_default=True,
-    type=click.IntRange(4096),
-)
-@click.option(
-    "--copy-threads",
-    default=TransferOptions().copy_threads,
-    show_default=True,
-    type=click.IntRange(1),
-)
+@_size("slot_bytes", 4096)
+@_size("arena_bytes", 4096)
+@_size("window_slots", 1)
+@_size("bulk_sockets", 1)
+@_size("copy_threads", 1)
 @click.option("--scattered", is_flag=True, help="blocks in random order, as in a pool in use")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="write the report there")
 def command(
     tiers: tuple[str, ...],
+    devices: tuple[str, str],
     tokens: int,
     repeats: int,
-    slot_bytes: int,
-    copy_threads: int,
     scattered: bool,
     json_path: Path | None,
+    **sizes: Any,
 ) -> None:
-    load = Load(num_tokens=tokens // 128 * 128, repeats=repeats, is_scattered=scattered)
-    report = run(tiers or TIERS, load, slot_bytes, copy_threads)
+    load = Load(tokens // 128 * 128, repeats=repeats, is_scattered=scattered, devices=devices)
+    try:
+        options = TransferOptions(**sizes)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    report = run(tiers or TIERS, load, options)
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=2) + "\n")
     click.echo(f"memcpy of one core: {report['memcpy_gb_per_s']:.1f} GB/s")
-    click.echo(f"two bare processes, copy and hash: {report['pair_gb_per_s']:.1f} GB/s")
+    if report["pair_gb_per_s"] is not None:
+        click.echo(f"two bare processes, copy and hash: {report['pair_gb_per_s']:.1f} GB/s")
     for result in report["tiers"]:
+        of_pair = result["share_of_pair"]
         click.echo(
             f"{result['tier']:>7}: {result['median_gb_per_s']:.2f} GB/s, "
             f"{result['share_of_memcpy']:.0%} of memcpy, "
-            f"{result['share_of_pair']:.0%} of the pair, "
-            f"{result['exposed_s'] * 1000:.1f} ms exposed of {result['bytes'] / 1e6:.0f} MB"
+            + (f"{of_pair:.0%} of the pair, " if of_pair is not None else "")
+            + f"{result['exposed_s'] * 1000:.1f} ms exposed of {result['bytes'] / 1e6:.0f} MB"
         )
 
 

@@ -52,6 +52,7 @@ class Connection:
         hello: transfer_pb2.Hello,
         destination: Destination,
         min_slot_bytes: int,
+        pins_arena: bool,
         on_up: OnUp,
         on_message: OnMessage,
         on_lost: OnLost,
@@ -69,6 +70,7 @@ class Connection:
         self._options = options
         self._hello = hello
         self._min_slot_bytes = min_slot_bytes
+        self._pins_arena = pins_arena
         self._on_up = on_up
         self._on_message = on_message
         self._on_lost = on_lost
@@ -248,7 +250,16 @@ class Connection:
             self.arena, nonce = arena, arena.nonce
         except (OSError, TransferError) as error:
             logger.info("%s: no shared memory with this worker: %s", self._name, error)
+        self._pin_arena()
         self.send(Kind.ARENA_PROOF, 0, transfer_pb2.ArenaProof(nonce=nonce))
+
+    def _pin_arena(self) -> None:
+        if self.arena is None or not self._pins_arena:
+            return
+        try:
+            self.arena.pin()
+        except RuntimeError as error:
+            logger.warning("%s: the device copies to it by way of the host: %s", self._name, error)
 
     def _decide_tier(self, decision: transfer_pb2.TierDecision) -> None:
         if self.is_up or not self.slot_bytes:

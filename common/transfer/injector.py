@@ -1,5 +1,5 @@
-"""The decode's engine thread at work on the transfer: arrived chunks, checked and written to where
-their requests were given room.
+"""The decode's engine thread at work on the transfer, where state lies in host memory: arrived
+chunks, checked and written to where their requests were given room.
 """
 
 import threading
@@ -54,10 +54,10 @@ class Injector:
         self._report = report
         self._chunks: deque[Chunk] = deque()
         self._grants: dict[TransferHandle, Grant] = {}
-        # on a device the copies are its own, in the order of this thread's work
-        num_copiers = options.copy_threads if storage.device.type == "cpu" else 1
-        self._copiers = Copiers(num_copiers, name)
-        self._private = deque(np.empty(options.slot_bytes, np.uint8) for _ in range(num_copiers))
+        self._copiers = Copiers(options.copy_threads, name)
+        self._private = deque(
+            np.empty(options.slot_bytes, np.uint8) for _ in range(options.copy_threads)
+        )
 
     def add(self, chunk: Chunk) -> None:
         """From the I/O thread: a chunk has arrived."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from scission.common.cache.storage import CacheStorage
 from scission.common.errors import WireError
 from scission.common.transfer.arena import Arena, remove_stale
+from scission.common.transfer.device_injector import DeviceInjector
 from scission.common.transfer.events import Aborted, Failed, ReceiverEvent, TransferHandle
 from scission.common.transfer.incoming import Incoming, Injected
 from scission.common.transfer.injector import Injector
@@ -84,7 +85,11 @@ class Receiver:
             options,
         )
         name = f"transfer-{worker_id}"
-        self._injector = Injector(storage, self._arena, options, name, self._report_injected)
+        self._injector: Injector | DeviceInjector = (
+            Injector(storage, self._arena, options, name, self._report_injected)
+            if storage.on_device is None
+            else DeviceInjector(storage, self._arena, options, name, self._report_injected, wake)
+        )
         self._reception = Reception(
             endpoint, self._control, storage, self._injector, self._stats, self._emit
         )

@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from scission.common.cache.storage import CacheStorage
 from scission.common.errors import WireError
 from scission.common.transfer.arena import SlotState, SlotTable
+from scission.common.transfer.device_injector import DeviceInjector
 from scission.common.transfer.events import (
     Aborted,
     Failed,
@@ -46,7 +47,7 @@ class Reception:
         endpoint: Endpoint,
         control: Socket,
         storage: CacheStorage,
-        injector: Injector,
+        injector: Injector | DeviceInjector,
         stats: Counter[str],
         emit: Callable[[ReceiverEvent], None],
     ) -> None:

@@ -192,6 +192,7 @@ class Sender:
                     self._hello,
                     destination,
                     self._min_slot_bytes,
+                    self._storage.on_device is not None,
                     self._on_up,
                     self._on_message,
                     self._on_lost,

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import zmq
 
+from scission.common.cache.device_rows import pinned_bytes
 from scission.common.cache.storage import Bytes, CacheStorage, RowPlace
 from scission.common.transfer.connection import Connection
 from scission.common.transfer.copiers import Copiers
@@ -66,11 +67,11 @@ class Shipper:
         self._stats = stats
         self._end = end
         self._turns: deque[int] = deque()  # transfers that may have something to ship
-        self._staging = Staging(options.slot_bytes, options.window_slots)
-        # on a device the copies are its own
-        num_copiers = options.copy_threads if storage.device.type == "cpu" else 1
-        self._copiers = Copiers(num_copiers, name)
-        self._chunks_per_round = max(CHUNKS_PER_ROUND, num_copiers)
+        self._staging = Staging(
+            options.slot_bytes, options.window_slots, is_pinned=storage.on_device is not None
+        )
+        self._copiers = Copiers(options.copy_threads, name)
+        self._chunks_per_round = max(CHUNKS_PER_ROUND, options.copy_threads)
 
     @property
     def has_turns(self) -> bool:
@@ -266,8 +267,9 @@ class Shipper:
 class Staging:
     """Buffers for rows in message frames; one is free again once ZeroMQ has let go of it."""
 
-    def __init__(self, size: int, count: int) -> None:
+    def __init__(self, size: int, count: int, *, is_pinned: bool) -> None:
         self._size = size
+        self._is_pinned = is_pinned
         self._room = count  # buffers still to be made
         self._free: list[Bytes] = []
         self._lent: deque[tuple[Bytes, zmq.MessageTracker]] = deque()
@@ -279,7 +281,7 @@ class Staging:
             return self._free.pop()
         if self._room:
             self._room -= 1
-            return np.empty(self._size, np.uint8)
+            return pinned_bytes(self._size) if self._is_pinned else np.empty(self._size, np.uint8)
         return None
 
     def give_back(self, buffer: Bytes) -> None:

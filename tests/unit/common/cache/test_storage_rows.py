@@ -129,6 +129,6 @@ def test_rows_of_a_device_read_and_write_as_those_of_the_cpu(place: RowPlace) ->
     out = np.zeros(len(expected), np.uint8)
     device.read_rows(place, out)
     assert torch.equal(torch.from_numpy(out), expected)
-    device.write_rows(place, 255 - out)
+    device.begin_write(place, 255 - out)()
     device.read_rows(place, out)
     assert torch.equal(torch.from_numpy(out), 255 - expected)

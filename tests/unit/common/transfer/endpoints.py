@@ -29,6 +29,7 @@ from scission.common.transfer.receiver import Receiver
 from scission.common.transfer.sender import Sender
 from scission.protos import transfer_pb2
 
+CPU = torch.device("cpu")
 TIERS = ("inproc", "tcp", "shared")
 DIGEST = {"block_size": "1", "weights": "2"}
 SLOT_BYTES = 4096
@@ -221,6 +222,7 @@ def make_pair(
     options: TransferOptions | None = None,
     sender_digest: dict[str, str] | None = None,
     is_clean_end: bool = True,
+    device: torch.device = CPU,
 ) -> Iterator[Pair]:
     """Both endpoints over one tier; at the end no slot may be lost and no thread may have met a
     surprise.
@@ -239,9 +241,8 @@ def make_pair(
         with changed:
             changed.notify()
 
-    cpu = torch.device("cpu")
-    source = CacheStorage(layout, num_blocks, num_slots, cpu)
-    target = CacheStorage(layout, num_blocks, num_slots, cpu)
+    source = CacheStorage(layout, num_blocks, num_slots, device)
+    target = CacheStorage(layout, num_blocks, num_slots, device)
     fill_noise(source)
     fill_poison(target)
     epoch = 1000 + next(_names)
