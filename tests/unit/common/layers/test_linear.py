@@ -1,5 +1,7 @@
 """Which inputs are rounded, and what a device keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,14 @@ from scission.common.checkpoint.weights import Matrix
 from scission.common.errors import CheckpointError, ConfigError
 from scission.common.layers.linear import Linear
 from scission.common.layers.numerics import Numerics
-from scission.kernels.quant import quantize_block_fp8, round_trip_fp8
+from scission.kernels.linear import quantize_rows
+from scission.kernels.quant import (
+    quantize_block_fp8,
+    round_trip_fp8,
+    round_trip_fp8_dynamic,
+    round_trip_fp8_static,
+    ue8m0_to_float,
+)
 
 EXACT = Numerics(torch.float32, rounds=False)
 DEPLOYED = Numerics(torch.float32, rounds=True)
@@ -35,6 +44,62 @@ def test_neither_a_plain_matrix_nor_an_excepted_one_has_its_input_rounded() -> N
     assert torch.equal(Linear([plain], DEPLOYED)(x), x @ plain.dequantize(torch.float32).mT)
     linear = Linear([excepted], DEPLOYED, rounds_input=False)
     assert torch.equal(linear(x), x @ excepted.dequantize(torch.float32).mT)
+
+
+def _with_float_scales() -> Matrix:
+    matrix = _quantised()
+    assert matrix.scales is not None
+    return replace(matrix, scales=ue8m0_to_float(matrix.scales) * 1.25)
+
+
+def _with_one_scale(input_scale: float | None) -> Matrix:
+    codes = torch.randn(64, 200).to(torch.float8_e4m3fn)
+    static = None if input_scale is None else torch.tensor(input_scale)
+    return Matrix("fp8_tensor", codes, torch.tensor(0.3), 64, 200, input_scale=static)
+
+
+def test_float_scales_of_weights_go_with_float_scales_of_inputs() -> None:
+    x = torch.randn(3, 200)
+    for matrix in (_with_float_scales(), _with_one_scale(None)):
+        linear = Linear([matrix], DEPLOYED)
+        assert (linear.scaling, linear.static_scale) == ("dynamic", None)
+        expected = round_trip_fp8_dynamic(x) @ matrix.dequantize(torch.float32).mT
+        assert torch.equal(linear(x), expected)
+        assert not torch.equal(linear(x), round_trip_fp8(x, 128) @ linear.weight.mT)
+
+
+def test_a_static_scale_rounds_and_saturates() -> None:
+    x = torch.randn(3, 200)
+    matrix = _with_one_scale(0.004)
+    linear = Linear([matrix], DEPLOYED)
+    assert linear.scaling == "static"
+    rounded = round_trip_fp8_static(x, torch.tensor(0.004))
+    assert rounded.abs().max() == torch.tensor(448 * 0.004) < x.abs().max()
+    assert torch.equal(linear(x), rounded @ matrix.dequantize(torch.float32).mT)
+    exact = Linear([matrix], EXACT)
+    assert exact.scaling is None and torch.equal(exact(x), x @ exact.weight.mT)
+
+
+def test_of_static_scales_over_one_input_the_largest_counts() -> None:
+    linear = Linear([_with_one_scale(0.01), _with_one_scale(0.03)], DEPLOYED)
+    assert linear.static_scale is not None and linear.static_scale == torch.tensor(0.03)
+
+
+@pytest.mark.parametrize("kind", ["ue8m0", "dynamic", "static"])
+def test_rows_quantised_before_multiply_as_those_quantised_here(kind: str) -> None:
+    matrix = {
+        "ue8m0": _quantised(),
+        "dynamic": _with_float_scales(),
+        "static": _with_one_scale(0.01),
+    }[kind]
+    linear, x = Linear([matrix], DEPLOYED), torch.randn(3, 200)
+    assert linear.scaling == kind
+    rows = quantize_rows(x, linear.scaling, linear.static_scale)
+    assert torch.equal(linear(rows), linear(x))
+    # a layer that rounds nothing takes the values beside the codes
+    assert torch.equal(Linear([matrix], EXACT)(rows), x @ linear.weight.mT)
+    with pytest.raises(ValueError, match="only their codes"):
+        Linear([matrix], EXACT)(replace(rows, values=None))
 
 
 def test_matrices_of_one_input_lie_side_by_side() -> None:
