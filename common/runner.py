@@ -14,7 +14,7 @@ from scission.common.cache.storage import SCRATCH, CacheStorage
 from scission.common.config import CacheOptions
 from scission.common.errors import ConfigError
 from scission.common.model.architecture import Model, OnLayers
-from scission.common.model.batch import SequenceChunk, build_batch
+from scission.common.model.batch import ForwardBatch, SequenceChunk, build_batch
 
 CPU_STATE_BYTES = 1 << 30
 NUM_SCRATCH = SCRATCH + 1
@@ -94,6 +94,11 @@ class Runner:
             for snapshot in chunk.snapshots:
                 self.storage.copy_slot(chunk.slot, snapshot.slot)
         batch = build_batch(chunks, self.storage.device, self.storage.layout.block_size)
+        return self.compute(batch, on_layers)
+
+    @torch.inference_mode()
+    def compute(self, batch: ForwardBatch, on_layers: OnLayers | None = None) -> Tensor:
+        """One pass over a batch that is on the device already; no slot is copied."""
         return self._model.forward(batch, self.storage, on_layers)
 
     def warm_up(self, num_tokens: int) -> None:
@@ -110,6 +115,14 @@ class Runner:
         self.forward([chunk])
         self.storage.reset_slot(NUM_SCRATCH)
         self.synchronize()
+
+    def mark(self) -> torch.cuda.Event | None:
+        """The work given to the device so far; None where it is done already."""
+        if self.storage.device.type != "cuda":
+            return None
+        mark: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        mark.record(torch.cuda.current_stream(self.storage.device))
+        return mark
 
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it, where that is another device."""

@@ -61,6 +61,13 @@ class SequenceSampling:
         return self._is_plain and not self.is_held_back
 
     @property
+    def needs_host(self) -> bool:
+        """The next draw looks at more than its own row: what only the host keeps."""
+        return bool(
+            self.bias or self.params.allowed_token_ids or self.has_penalties or self.is_held_back
+        )
+
+    @property
     def is_held_back(self) -> bool:
         """Fewer than min_tokens are out: no end-of-sequence and no stop token is drawn."""
         return self.num_output < self.params.min_tokens
@@ -127,9 +134,12 @@ def sample(
     token_ids: list[int] = chosen.tolist()
     if not wanted:
         return [(token_id, None) for token_id in token_ids]
-    described = _describe(
-        logits if len(wanted) == len(sequences) else logits[wanted],
-        chosen if len(wanted) == len(sequences) else chosen[wanted],
+    described = describe(
+        *kernels.token_logprobs(
+            logits if len(wanted) == len(sequences) else logits[wanted],
+            chosen if len(wanted) == len(sequences) else chosen[wanted],
+            most_alternatives([sequences[row] for row in wanted], logits.shape[1]),
+        ),
         [sequences[row].params.logprobs or 0 for row in wanted],
     )
     logprobs = dict(zip(wanted, described, strict=True))
@@ -150,7 +160,8 @@ def prompt_logprobs(
         return []
     num_top = logits.shape[1] if num_top < 0 else num_top
     following = torch.tensor(next_token_ids, dtype=torch.int64, device=logits.device)
-    return _describe(logits, following, [num_top] * len(next_token_ids))
+    columns = kernels.token_logprobs(logits, following, min(num_top, logits.shape[1]))
+    return describe(*columns, [num_top] * len(next_token_ids))
 
 
 def finish_reason(
@@ -177,13 +188,23 @@ def finish_reason(
     return None
 
 
-def _describe(logits: Tensor, token_ids: Tensor, num_tops: Sequence[int]) -> list[TokenLogprobs]:
-    """TokenLogprobs of each row's token, with the row's own number of alternatives."""
-    most = min(max(num_tops), logits.shape[1])
-    columns = [t.tolist() for t in kernels.token_logprobs(logits, token_ids, most)]
+def most_alternatives(sequences: Sequence[SequenceSampling], vocab_size: int) -> int:
+    """How many alternatives must be known for each row, so that every one has its own number."""
+    return min(max(sequence.params.logprobs or 0 for sequence in sequences), vocab_size)
+
+
+def describe(
+    logprobs: Tensor, ranks: Tensor, top_ids: Tensor, top_logprobs: Tensor, num_tops: Sequence[int]
+) -> list[TokenLogprobs]:
+    """TokenLogprobs of each row's token, with the row's own number of alternatives.
+
+    Args:
+        logprobs, ranks, top_ids, top_logprobs: as `kernels.sampling.token_logprobs` returns them.
+    """
+    columns = [t.tolist() for t in (logprobs, ranks, top_ids, top_logprobs)]
     return [
-        TokenLogprobs(logprob, rank, tuple(top_ids[:num_top]), tuple(top_logprobs[:num_top]))
-        for logprob, rank, top_ids, top_logprobs, num_top in zip(*columns, num_tops, strict=True)
+        TokenLogprobs(logprob, rank, tuple(ids[:num_top]), tuple(alternatives[:num_top]))
+        for logprob, rank, ids, alternatives, num_top in zip(*columns, num_tops, strict=True)
     ]
 
 

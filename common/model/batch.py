@@ -128,7 +128,7 @@ def build_batch(
         for row in range(first if chunk.logits == "all" else end - 1, end)
         if chunk.logits != "none"
     ]
-    tokens, logit_rows, *placed = _send(
+    tokens, logit_rows, *placed = send(
         (
             np.concatenate([np.asarray(chunk.token_ids, np.int64) for chunk in chunks]),
             np.array(logits_at, np.int64),
@@ -161,7 +161,7 @@ def build_batch(
     )
 
 
-def _send(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+def send(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
     """The arrays on the device, by one copy that nobody waits for."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]

@@ -28,7 +28,8 @@ _UNIT = tl.constexpr(2.0**-32)
 
 def num_parts(num_rows: int) -> int:
     """Of every row's vocabulary, by the number of rows alone: a power of two."""
-    return min(MAX_PARTS, triton.next_power_of_2(triton.cdiv(_WANTED_PROGRAMS, num_rows)))
+    wanted = -(-_WANTED_PROGRAMS // num_rows)
+    return min(MAX_PARTS, 1 << (wanted - 1).bit_length())
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from scission.common.cache.block_pool import BlockPool, SlotPool, State
+from scission.common.cache.block_pool import BlockPool, SlotPool
 from scission.common.config import SchedulerOptions
 from scission.common.ended_attempts import EndedAttempts
 from scission.common.engine_inbox import Cancel, GatewayGone, Inbox, InboxItem, Submit
@@ -30,17 +30,19 @@ from scission.common.inference_messages import failed_to_proto
 from scission.common.log import request_logger
 from scission.common.model.batch import SequenceChunk
 from scission.common.runner import Runner
-from scission.common.sampling import finish_reason, sample
+from scission.common.sampling import finish_reason
+from scission.common.stepping.chunked import ChunkedSteps
+from scission.common.stepping.sequences import Drawn, Steps
 from scission.common.transfer.events import ReserveRequested
 from scission.common.transfer.receiver import Receiver
 from scission.protos import cluster_pb2, inference_pb2
 from scission.services.decode.admission import ReservationQueue, Rooms
 from scission.services.decode.arrival import fork, output_tokens, start_sequences
+from scission.services.decode.batch import RunningBatch
 from scission.services.decode.handoff import Arrived, Handoffs, Lost
 from scission.services.decode.meters import DecodeMeters
 from scission.services.decode.outbox import Outbox
 from scission.services.decode.request import ModelFacts, Phase, Request, RunningSequence
-from scission.services.decode.scheduler import Planned, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +68,14 @@ class DecodeEngine:
         *,
         beat_s: float,
         clock: Callable[[], float] = time.monotonic,
+        steps: Steps[RunningSequence] | None = None,
         on_batch: Callable[[Sequence[SequenceChunk]], None] | None = None,
     ) -> None:
-        """`on_batch` is shown each step's batch before it is computed, for a replay."""
+        """
+        Args:
+            steps: compute the batch; None: in chunks, through the runner.
+            on_batch: is shown each such step's chunks before they are computed, for a replay.
+        """
         self._runner = runner
         self._receiver = receiver
         self._inbox = inbox
@@ -77,7 +84,6 @@ class DecodeEngine:
         self._meters = meters
         self._beat_s = beat_s
         self._clock = clock
-        self._on_batch = on_batch
 
         storage = runner.storage
         self.blocks = BlockPool(storage.num_blocks)
@@ -96,7 +102,14 @@ class DecodeEngine:
         )
         self._queue = ReservationQueue(options.max_queued, options.reserve_wait_s)
         self._handoffs = Handoffs(receiver, storage, self._rooms, self._queue, meters)
-        self._scheduler = Scheduler(self.blocks, block_size, self._preempt_youngest)
+        self._batch = RunningBatch(
+            steps if steps is not None else ChunkedSteps(runner, on_batch),
+            self.blocks,
+            self.slots,
+            block_size=block_size,
+            max_model_len=context,
+            preempt_youngest=self._preempt_youngest,
+        )
         self._requests: dict[str, Request] = {}
         self._ended = EndedAttempts()
         self._deadlines: list[tuple[float, int, Request]] = []
@@ -150,6 +163,7 @@ class DecodeEngine:
             while not self._is_stopping:
                 self.turn(self._idle_wait())
         finally:
+            self._batch.abandon()
             for request in list(self._requests.values()):
                 self._retry(request, "draining", "the worker has stopped", "draining")
             self._outbox.flush()
@@ -177,7 +191,7 @@ class DecodeEngine:
                 case Lost():
                     self._lose(event)
         self._handoffs.grant_waiting(now)
-        if self._scheduler.running:
+        if not self._batch.is_idle:
             self._step()
         if now >= self._next_beat:
             self._next_beat = now + self._beat_s
@@ -186,7 +200,7 @@ class DecodeEngine:
 
     def _idle_wait(self) -> float:
         """Seconds until something is due by itself; 0 while there is work."""
-        if self._scheduler.running or self._has_more:
+        if not self._batch.is_idle or self._has_more:
             return 0.0
         due = [self._next_beat]
         if self._deadlines:
@@ -324,7 +338,7 @@ class DecodeEngine:
             request, arrived.room, started, self._runner.storage, self.blocks, self.slots
         )
         self._handoffs.commit(request)
-        self._scheduler.running += request.sequences
+        self._batch.add(request.sequences)
         self._meters.arrived(ready)
         committed = inference_pb2.Committed(
             transfer_s=ready.seconds,
@@ -347,61 +361,48 @@ class DecodeEngine:
     # Steps
 
     def _step(self) -> None:
-        """One forward pass and what follows. A failure sends the batch back to the gateways."""
+        """One step and what follows. A failure sends the batch back to the gateways."""
         started_at = self._clock()
         try:
-            planned = self._scheduler.plan()
-            num_drawn = self._compute(planned) if planned else 0
+            num_drawn = 0
+            for drawn in self._batch.step():
+                self._take_token(drawn)
+                num_drawn += 1
         except Exception as error:
             self._num_failures += 1
             logger.exception("a step failed (%d in a row)", self._num_failures)
-            for request in dict.fromkeys(s.request for s in self._scheduler.running):
+            self._batch.abandon()
+            for request in dict.fromkeys(s.request for s in self._batch.sequences):
                 self._retry(request, "engine_error", repr(error))
             if self._num_failures >= MAX_STEP_FAILURES:
                 raise EngineError(f"{self._num_failures} steps failed in a row") from error
             return
         self._num_failures = 0
-        if planned:
-            num_tokens = sum(p.count for p in planned)
-            self._meters.step(num_tokens, num_drawn, self._clock() - started_at)
+        self._meters.step(self._batch.num_tokens, num_drawn, self._clock() - started_at)
 
-    def _compute(self, planned: list[Planned]) -> int:
-        """Returns how many tokens were drawn."""
-        chunks = [
-            SequenceChunk(
-                token_ids=p.sequence.pending[: p.count],
-                start=p.sequence.num_computed,
-                block_ids=p.sequence.block_ids,
-                slot=p.sequence.slot,
-                logits="last" if p.draws else "none",
-            )
-            for p in planned
-        ]
-        if self._on_batch is not None:
-            self._on_batch(chunks)
-        logits = self._runner.forward(chunks)
-        drawing = [p.sequence for p in planned if p.draws]
-        drawn = sample(logits, [sequence.sampling for sequence in drawing])
-        for p in planned:
-            p.sequence.num_computed += p.count
-            del p.sequence.pending[: p.count]
-        eos_token_ids, max_model_len = self._facts.eos_token_ids, self._facts.max_model_len
-        for sequence, (token_id, logprobs) in zip(drawing, drawn, strict=True):
-            sampling = sequence.sampling
-            index = sampling.num_output
-            sampling.append(token_id)
-            sequence.pending.append(token_id)
-            finish = finish_reason(
-                sampling, token_id, eos_token_ids, sequence.num_computed + 1, max_model_len
-            )
-            request = sequence.request
-            request.num_drawn += 1
-            self._outbox.put_token(request, sampling.choice, index, token_id, logprobs, finish)
-            if finish is not None:
-                self._release(sequence)
-                if not request.sequences:
-                    self._finish(request)
-        return len(drawn)
+    def _take_token(self, drawn: Drawn[RunningSequence]) -> None:
+        sequence, request = drawn.sequence, drawn.sequence.request
+        sampling = sequence.sampling
+        finish = finish_reason(
+            sampling,
+            drawn.token_id,
+            self._facts.eos_token_ids,
+            drawn.context_len,
+            self._facts.max_model_len,
+        )
+        request.num_drawn += 1
+        self._outbox.put_token(
+            request,
+            sampling.choice,
+            sampling.num_output - 1,
+            drawn.token_id,
+            drawn.logprobs,
+            finish,
+        )
+        if finish is not None:
+            self._release(sequence)
+            if not request.sequences:
+                self._finish(request)
 
     def _preempt_youngest(self) -> None:
         """Send the least senior of the requests that hold room back to its gateway."""
@@ -449,9 +450,7 @@ class DecodeEngine:
 
     def _release(self, sequence: RunningSequence) -> None:
         sequence.request.sequences.remove(sequence)
-        self._scheduler.running.remove(sequence)
-        self.blocks.release(sequence.block_ids, State.ACTIVE)
-        self.slots.release([sequence.slot], State.ACTIVE)
+        self._batch.release(sequence)
 
     # Signs of life
 

@@ -42,9 +42,11 @@ class DecodeMeters:
         self.transfer.aborts(known_reason(reason)).inc()
 
     def step(self, num_tokens: int, num_drawn: int, seconds: float) -> None:
-        self.engine.step_tokens.observe(num_tokens)
-        self.engine.step_time.observe(seconds)
-        self.engine.computed_tokens.inc(num_tokens)
+        """A step of `num_tokens`, 0 where only the tokens of the one before it came."""
+        if num_tokens:
+            self.engine.step_tokens.observe(num_tokens)
+            self.engine.step_time.observe(seconds)
+            self.engine.computed_tokens.inc(num_tokens)
         self.decode.generated_tokens.inc(num_drawn)
 
     def pools(self, blocks: BlockPool, slots: BlockPool) -> None:

@@ -8,6 +8,7 @@ from scission.common.engine_inbox import Submit
 from scission.common.errors import ContextLengthError, RequestError
 from scission.common.inference_messages import forced_from_proto, sampling_from_proto
 from scission.common.sampling import SequenceSampling, check_sampling
+from scission.common.stepping.sequences import DecodeSequence
 from scission.common.transfer.events import TransferHandle
 from scission.protos import inference_pb2
 
@@ -45,10 +46,12 @@ class Room:
     num_shared: int
 
 
-class RunningSequence:
-    """One choice of a request in the running batch. It owns a holder of each of its blocks."""
+class RunningSequence(DecodeSequence):
+    """One choice of a request in the running batch. It owns a holder of each of its blocks, until
+    no step may write them any more.
+    """
 
-    __slots__ = ("block_ids", "num_computed", "pending", "request", "sampling", "slot")
+    __slots__ = ("is_released", "num_steps", "request")
 
     def __init__(
         self,
@@ -59,21 +62,10 @@ class RunningSequence:
         num_computed: int,
         pending: list[int],
     ) -> None:
-        """
-        Args:
-            num_computed: tokens whose state is in place.
-            pending: the tokens after those, not empty; once they are fed the next one is drawn.
-        """
+        super().__init__(sampling, block_ids, slot, num_computed, pending)
         self.request = request
-        self.sampling = sampling
-        self.block_ids = block_ids
-        self.slot = slot
-        self.num_computed = num_computed
-        self.pending = pending
-
-    @property
-    def choice(self) -> int:
-        return self.sampling.choice
+        self.num_steps = 0  # submitted ones that are not collected
+        self.is_released = False
 
 
 class Request:

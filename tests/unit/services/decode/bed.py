@@ -21,10 +21,11 @@ from scission.common.engine_inbox import Cancel, GatewayGone, Inbox, InboxItem, 
 from scission.common.errors import ScissionError
 from scission.common.inference_messages import sampling_to_proto
 from scission.common.metrics import Metrics
+from scission.common.model.architecture import OnLayers
 from scission.common.model.batch import ForwardBatch, SequenceChunk
-from scission.common.model.deepseek_v4 import OnLayers
 from scission.common.runner import Runner
 from scission.common.sampling import SequenceSampling, finish_reason, sample
+from scission.common.stepping.captured import CapturedSteps
 from scission.common.transfer.events import (
     Aborted,
     Failed,
@@ -37,7 +38,7 @@ from scission.common.types import Role, SamplingParams
 from scission.protos import inference_pb2, transfer_pb2
 from scission.services.decode.engine import DecodeEngine
 from scission.services.decode.meters import DecodeMeters
-from scission.services.decode.request import ModelFacts
+from scission.services.decode.request import ModelFacts, RunningSequence
 
 VOCAB = 37
 EOS = 0
@@ -246,9 +247,12 @@ class Bed:
         num_slots: int = 16,
         max_model_len: int = 200,
         on_batch: Callable[[Sequence[SequenceChunk]], None] | None = None,
+        is_captured: bool = False,
         **options: Any,
     ) -> None:
-        """Blocks and slots without the scratch ones."""
+        """Blocks and slots without the scratch ones. `is_captured`: the steps are those of a GPU,
+        one behind, without graphs.
+        """
         self.model = HashModel()
         self.storage = CacheStorage(LAYOUT, num_blocks + 1, num_slots + 1, torch.device("cpu"))
         self.storage.paged["tokens"].fill_(-7)
@@ -258,8 +262,12 @@ class Bed:
         self.now = 100.0
         metrics = Metrics(Role.DECODE, "fake", "0")
         self.metrics = metrics
+        runner = Runner(self.model, self.storage)
+        steps: CapturedSteps[RunningSequence] | None = None
+        if is_captured:
+            steps = CapturedSteps(runner, num_slots, max_model_len)
         self.engine = DecodeEngine(
-            Runner(self.model, self.storage),
+            runner,
             ModelFacts(VOCAB, max_model_len, frozenset({EOS}), {}),
             cast(Any, self.receiver),
             self.inbox,
@@ -268,6 +276,7 @@ class Bed:
             DecodeMeters(metrics),
             beat_s=0.5,
             clock=lambda: self.now,
+            steps=steps,
             on_batch=on_batch,
         )
         self.asked: dict[tuple[str, int], Asked] = {}

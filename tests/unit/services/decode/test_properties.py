@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,15 +65,23 @@ def check_tokens(bed: Bed) -> None:
             assert tokens == expected[: len(tokens)]
 
 
+BOTH = pytest.mark.parametrize("is_captured", [False, True], ids=["chunked", "captured"])
 ORDERS = st.lists(st.tuples(st.sampled_from(EVENTS), st.sampled_from(NAMES)), max_size=60)
 
 
+@BOTH
 @settings(max_examples=150)
 @given(ORDERS, st.integers(8, 14))
 def test_any_order_of_events_frees_everything_and_gives_right_tokens(
-    events: list[tuple[str, str]], num_blocks: int
+    is_captured: bool, events: list[tuple[str, str]], num_blocks: int
 ) -> None:
-    bed = Bed(num_blocks=num_blocks, num_slots=5, growth_tokens=3, max_model_len=40)
+    bed = Bed(
+        num_blocks=num_blocks,
+        num_slots=5,
+        growth_tokens=3,
+        max_model_len=40,
+        is_captured=is_captured,
+    )
     play(bed, events, with_attempts=True)
     assert bed.engine.is_idle
     bed.check_all_free()
@@ -81,12 +90,15 @@ def test_any_order_of_events_frees_everything_and_gives_right_tokens(
         assert len(asked.replies) == 1
 
 
+@BOTH
 @settings(max_examples=40)
 @given(ORDERS)
 def test_every_attempt_ends_once_at_most_and_says_nothing_after(
-    events: list[tuple[str, str]],
+    is_captured: bool, events: list[tuple[str, str]]
 ) -> None:
-    bed = Bed(num_blocks=10, num_slots=4, growth_tokens=3, max_model_len=40)
+    bed = Bed(
+        num_blocks=10, num_slots=4, growth_tokens=3, max_model_len=40, is_captured=is_captured
+    )
     play(bed, events, with_attempts=False)
     for name, attempt in bed.asked:
         kinds = bed.kinds(name, attempt)
@@ -96,10 +108,13 @@ def test_every_attempt_ends_once_at_most_and_says_nothing_after(
         assert "tokens" not in kinds or kinds[0] == "committed"
 
 
+@BOTH
 @settings(max_examples=40)
 @given(st.permutations(NAMES), st.lists(st.integers(0, 3), min_size=4, max_size=4))
-def test_tokens_do_not_depend_on_batch_mates(order: list[str], pauses: list[int]) -> None:
-    bed = Bed(num_blocks=200)
+def test_tokens_do_not_depend_on_batch_mates(
+    is_captured: bool, order: list[str], pauses: list[int]
+) -> None:
+    bed = Bed(num_blocks=200, is_captured=is_captured)
     for name, pause in zip(order, pauses, strict=True):
         bed.start(name, PROMPTS[name], **PARAMS[name])
         bed.turns(pause)
@@ -113,12 +128,13 @@ def test_tokens_do_not_depend_on_batch_mates(order: list[str], pauses: list[int]
         }
 
 
+@BOTH
 @settings(max_examples=40)
 @given(st.sampled_from(NAMES), st.data())
 def test_replaying_any_prefix_of_an_output_reproduces_the_rest(
-    name: str, data: st.DataObject
+    is_captured: bool, name: str, data: st.DataObject
 ) -> None:
-    bed = Bed(num_blocks=200)
+    bed = Bed(num_blocks=200, is_captured=is_captured)
     params = PARAMS[name]
     asked = bed.submit(name, PROMPTS[name], **params)
     whole = [

@@ -1,0 +1,243 @@
+"""Steps as captured graphs: model, draw and feedback on the device, the host one step behind.
+
+There is one graph for each batch size of `bucket_sizes`; a batch is padded to the next one. All
+graphs read and write the same rows, so that a step follows another of any size without a copy.
+What the host changes between two steps (who came, who left, new blocks) is one copy and one launch.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scission.common.model.batch import send
+from scission.common.runner import Runner
+from scission.common.sampling import describe, most_alternatives, sample
+from scission.common.stepping.chunked import chunk_of
+from scission.common.stepping.rows import RowChange, RunningRows
+from scission.common.stepping.seats import Seats, bucket_sizes
+from scission.common.stepping.sequences import Drawn, Planned, S, advance
+from scission.kernels import sampling as kernels
+
+logger = logging.getLogger(__name__)
+
+WARM_UPS = 2
+# left free on the device: what eager passes beside the graphs need
+SPARE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    replay: Callable[[], None]
+    logits: Tensor  # [rows, vocab], of the last replay of any graph
+
+
+@dataclass(frozen=True, slots=True)
+class _Logprobs(Generic[S]):
+    """Logprobs of a step's tokens under way to the host."""
+
+    sequences: list[S]
+    columns: list[Tensor]
+
+    def by_sequence(self) -> dict[S, Any]:
+        num_tops = [sequence.sampling.params.logprobs or 0 for sequence in self.sequences]
+        logprobs, ranks, top_ids, top_logprobs = self.columns
+        described = describe(logprobs, ranks, top_ids, top_logprobs, num_tops)
+        return dict(zip(self.sequences, described, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayedStep(Generic[S]):
+    """A step under way. Where the host draws, it is collected before another one is submitted."""
+
+    sequences: Sequence[S]
+    num_tokens: int
+    context_lens: dict[S, int]  # of all that draw, in the order of the plan
+    by_device: dict[S, int]  # row
+    by_host: dict[S, int]  # row
+    token_ids: Tensor  # [rows] int64, on the host once `done` is passed
+    logprobs: _Logprobs[S] | None
+    logits: Tensor | None
+    done: torch.cuda.Event | None
+
+    @property
+    def is_awaited(self) -> bool:
+        return bool(self.by_host)
+
+    def collect(self) -> list[Drawn[S]]:
+        if self.done is not None:
+            self.done.synchronize()
+        token_ids = self.token_ids.tolist()
+        logprobs = {} if self.logprobs is None else self.logprobs.by_sequence()
+        drawn = {s: (token_ids[row], logprobs.get(s)) for s, row in self.by_device.items()}
+        if self.by_host:
+            assert self.logits is not None
+            logits = self.logits[list(self.by_host.values())]
+            tokens = sample(logits, [sequence.sampling for sequence in self.by_host])
+            drawn |= dict(zip(self.by_host, tokens, strict=True))
+        return [Drawn(s, *drawn[s], context_len) for s, context_len in self.context_lens.items()]
+
+
+class CapturedSteps(Generic[S]):
+    """See the module. On a CPU the same steps run without graphs: for tests."""
+
+    def __init__(self, runner: Runner, max_rows: int, max_context: int, *, depth: int = 1) -> None:
+        """Room for `max_rows` sequences of `max_context` tokens. `capture` makes the graphs."""
+        self.depth = depth
+        self._runner = runner
+        self._device = runner.storage.device
+        self._sizes = bucket_sizes(max_rows)
+        block_size = runner.storage.layout.block_size
+        self._rows = RunningRows(self._sizes, max_context, block_size, self._device)
+        self._graphs: dict[int, _Graph] = {}
+        self._seats: Seats[S] = Seats(self._sizes)
+        self._num_blocks: dict[S, int] = {}  # that the device knows
+        self._fed_by_host: set[S] = set()  # the device holds another next token
+        self._num_steps = 0
+        self._is_torn = False  # a step broke off: what the rows hold is not known
+        is_gpu = self._device.type == "cuda"
+        # a step's tokens stay until it is collected
+        self._token_ids = [
+            torch.empty(max_rows, dtype=torch.int64, pin_memory=is_gpu) for _ in range(depth + 2)
+        ]
+
+    @torch.inference_mode()
+    def capture(self, on_graph: Callable[[int, int], None] | None = None) -> None:
+        """Make the graphs, the largest first: the others fit into its memory.
+
+        Where memory runs short the small ones are left out, and larger ones serve their batches.
+
+        Args:
+            on_graph: called after each with how many there are and how many there will be.
+        """
+        if self._device.type != "cuda":
+            return
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        sizes = self._sizes[::-1]
+        for number, size in enumerate(sizes):
+            free, _ = torch.cuda.mem_get_info(self._device)
+            if number and free < SPARE_BYTES:
+                logger.warning(
+                    "%d bytes are free: no graphs below %d rows", free, sizes[number - 1]
+                )
+                self._seats = Seats(self._sizes[-number:])
+                break
+            self._graphs[size] = self._capture(size, pool, stream)
+            if on_graph is not None:
+                on_graph(number + 1, len(sizes))
+
+    def submit(self, planned: Sequence[Planned[S]]) -> ReplayedStep[S]:
+        """Several pending tokens of a sequence run as a chunk before the others' step."""
+        behind = [p for p in planned if p.count > 1 or not p.draws]
+        drawing = [p for p in planned if p.draws]
+        waiting = [p for p in planned if not p.draws]
+        num_tokens = sum(p.count for p in planned)
+        if behind:
+            self._runner.forward([chunk_of(p, p.count - p.draws, "none") for p in behind])
+        if self._is_torn:
+            self._rows.clear()
+            self._seats = Seats(self._seats.sizes)
+        self._is_torn = True
+        self._place(drawing)
+        rows = {p.sequence: self._seats.rows[p.sequence] for p in drawing}
+        by_host = {s: row for s, row in rows.items() if s.sampling.needs_host}
+        by_device = {s: row for s, row in rows.items() if s not in by_host}
+        logits = self._replay() if drawing else None
+        step = ReplayedStep(
+            [p.sequence for p in planned],
+            num_tokens,
+            {p.sequence: advance(p) for p in drawing},
+            by_device,
+            by_host,
+            self._fetch_tokens(),
+            self._start_logprobs(by_device, logits),
+            logits if by_host else None,
+            self._runner.mark(),
+        )
+        for p in waiting:
+            advance(p)
+        self._fed_by_host = set(by_host)
+        self._num_steps += 1
+        self._is_torn = False
+        return step
+
+    def _place(self, drawing: Sequence[Planned[S]]) -> None:
+        """Bring the rows on the device to what the step needs; mostly they are there already."""
+        seating = self._seats.arrange([p.sequence for p in drawing])
+        # the token of a row that is left may be read in the same launch: it stays
+        changes = [RowChange(row, -1 - row) for row in seating.emptied]
+        if changes:
+            rows = self._seats.rows
+            self._num_blocks = {s: n for s, n in self._num_blocks.items() if s in rows}
+        for p in drawing:
+            s = p.sequence
+            row = self._seats.rows[s]
+            if s in seating.joined or s in self._fed_by_host:
+                token = s.pending[-1]
+            elif s in seating.moved:
+                token = -1 - seating.moved[s]
+            elif self._num_blocks[s] != len(s.block_ids):
+                token = -1 - row
+            else:
+                continue
+            self._num_blocks[s] = len(s.block_ids)
+            position = s.num_computed + p.count - 1
+            num_drawn = s.sampling.num_output + s.num_under_way
+            changes.append(
+                RowChange(row, token, position, s.slot, s.block_ids, s.sampling, num_drawn)
+            )
+        if changes:
+            self._rows.write(changes)
+
+    def _replay(self) -> Tensor:
+        size = self._seats.size
+        graph = self._graphs.get(size)
+        if graph is None:
+            return self._compute(size)
+        graph.replay()
+        return graph.logits
+
+    @torch.inference_mode()
+    def _compute(self, size: int) -> Tensor:
+        logits = self._runner.compute(self._rows.batches[size])
+        kernels.draw_next_(logits, self._rows.next_tokens[size])
+        return logits
+
+    def _capture(self, size: int, pool: Any, stream: torch.cuda.Stream) -> _Graph:
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._compute(size)
+        graph = torch.cuda.CUDAGraph()
+        # other threads may use the device meanwhile
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            logits = self._compute(size)
+        return _Graph(graph.replay, logits)
+
+    def _fetch_tokens(self) -> Tensor:
+        tokens = self._token_ids[self._num_steps % len(self._token_ids)]
+        return tokens.copy_(self._rows.token_ids, non_blocking=True)
+
+    @torch.inference_mode()
+    def _start_logprobs(self, rows: dict[S, int], logits: Tensor | None) -> _Logprobs[S] | None:
+        wanted = [s for s in rows if s.sampling.params.logprobs is not None]
+        if not wanted or logits is None:
+            return None
+        (at,) = send([np.array([rows[s] for s in wanted])], self._device)
+        columns = kernels.token_logprobs(
+            logits.index_select(0, at),
+            self._rows.token_ids.index_select(0, at),
+            most_alternatives([s.sampling for s in wanted], logits.shape[1]),
+        )
+        return _Logprobs(wanted, [self._to_host(column) for column in columns])
+
+    def _to_host(self, column: Tensor) -> Tensor:
+        if self._device.type == "cpu":
+            return column
+        host = torch.empty(column.shape, dtype=column.dtype, pin_memory=True)
+        return host.copy_(column, non_blocking=True)
