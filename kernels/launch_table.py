@@ -12,8 +12,11 @@ from scission.kernels.attention import launches as attention_launches
 from scission.kernels.cache import launches as cache_launches
 from scission.kernels.compressor import launches as compressor_launches
 from scission.kernels.decode_rows import launches as decode_rows_launches
+from scission.kernels.dense_attention import launches as heads_launches
 from scission.kernels.dense_attention import listed_rows
 from scission.kernels.dense_attention.key_rows import TILE_QUERIES
+from scission.kernels.hyper_connections import launches as hyper_connection_launches
+from scission.kernels.indexer import launches as indexer_launches
 from scission.kernels.latents import launches as latent_launches
 from scission.kernels.linear import block_fp8, quantize_input
 from scission.kernels.linear.rows import Scaling
@@ -52,7 +55,9 @@ def launches(target: Target) -> Iterator[Launch]:
     yield from _dense_attention(target)
     yield from _state(target)
     yield from _sparse_attention(target)
+    yield from _indexer(target)
     yield from _decode_steps()
+    yield from _mixing(target)
 
 
 def _linear(target: Target) -> Iterator[Launch]:
@@ -233,6 +238,8 @@ def _dense_attention(target: Target) -> Iterator[Launch]:
             {"HEAD_DIM": 128, "HAS_SINK": has_sink},
             listed_rows.ADD_WARPS,
         )
+    for launch_of_heads in heads_launches.launches(target):
+        yield Launch(*launch_of_heads)
 
 
 def _decode_steps() -> Iterator[Launch]:
@@ -254,4 +261,15 @@ def _state(target: Target) -> Iterator[Launch]:
 
 def _sparse_attention(target: Target) -> Iterator[Launch]:
     for launch in attention_launches.launches(target):
+        yield Launch(*launch)
+
+
+def _indexer(target: Target) -> Iterator[Launch]:
+    for launch in indexer_launches.launches(target):
+        yield Launch(*launch)
+
+
+def _mixing(target: Target) -> Iterator[Launch]:
+    """Hyper-connections, norms, gates and experts."""
+    for launch in hyper_connection_launches.launches(target):
         yield Launch(*launch)

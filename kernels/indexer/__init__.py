@@ -5,6 +5,7 @@ from torch import Tensor
 
 from scission.kernels.indexer import reference
 from scission.kernels.places import Places
+from scission.kernels.target import target_of
 
 __all__ = ["hadamard", "pick_entries", "pick_rows", "score_entries", "top_k"]
 
@@ -94,7 +95,15 @@ def pick_entries(
             f"top_k {top_k} and ratio {ratio} must be positive, and ratio divide "
             f"the block size {places.block_size}"
         )
-    return reference.pick_entries(q, weights, keys, top_k, ratio, places)
+    target = target_of(q.device)
+    if target is None or not q.shape[0]:
+        return reference.pick_entries(q, weights, keys, top_k, ratio, places)
+    # only where a kernel is launched is Triton needed
+    from scission.kernels.indexer.pick import can_pick, pick_scored
+
+    if not can_pick(q):
+        return reference.pick_entries(q, weights, keys, top_k, ratio, places)
+    return pick_scored(q.contiguous(), weights, keys, top_k, ratio, places, target)
 
 
 def top_k(scores: Tensor, lengths: Tensor, k: int) -> Tensor:
@@ -118,4 +127,11 @@ def top_k(scores: Tensor, lengths: Tensor, k: int) -> Tensor:
         )
     if k < 1:
         raise ValueError(f"k must be positive, got {k}")
-    return reference.top_k(scores, lengths, k)
+    target = target_of(scores.device)
+    if target is None or not scores.numel():
+        return reference.top_k(scores, lengths, k)
+    from scission.kernels.indexer.select import select_columns
+
+    out = torch.empty(scores.shape[0], k, dtype=torch.int32, device=scores.device)
+    select_columns(scores, lengths, k, out, target)
+    return out

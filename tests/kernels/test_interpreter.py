@@ -16,6 +16,7 @@ FILES = (
     "test_decode_rows.py",
     "test_state.py",
     "test_sparse_attention.py",
+    "test_indexer.py",
 )
 
 

@@ -1,0 +1,450 @@
+"""The columns of the k largest scores of ragged rows, in ascending order.
+
+A row of up to `Tile.size` scores is held by one program, which finds the k-th largest by counting
+how many reach two thresholds at a time. Longer rows are narrowed first: every one of several
+programs a row derives the same threshold from the same sample of the row, such that somewhat more
+than k scores should reach it, reads its own part of the row once and lists those that do; the
+program that selects then holds these candidates alone. Should a sample mislead (fewer than k
+candidates, or more than fit), it reads the row itself, eleven times: slow, but exact. Nothing
+depends on the order in which programs run.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scission.kernels.target import Target
+
+# programs that fill a device
+_NUM_PROGRAMS = 528
+# of a row, narrowed
+LOG_PARTS = 6
+SAMPLE = 2048
+NARROW_BLOCK = 4096
+NARROW_WARPS = 8
+# thirds of the range between two floats, then of that between their bits, which ends
+_FLOAT_STEPS: tl.constexpr = tl.constexpr(12)
+_SCAN_BLOCK: tl.constexpr = tl.constexpr(2048)
+_NAN: tl.constexpr = tl.constexpr(float("nan"))
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program holds of a row."""
+
+    size: int
+    num_warps: int
+
+
+def tiles(target: Target) -> tuple[Tile, ...]:
+    """Every tile that rows are selected with; rows that the last one cannot hold are narrowed."""
+    most_warps = 1024 // target.warp_size
+    sizes = ((1024, 4), (2048, 8), (4096, 16), (8192, 32), (16384, 32))
+    return tuple(Tile(size, min(warps, most_warps)) for size, warps in sizes)
+
+
+def pick_tile(max_length: int, target: Target) -> tuple[Tile, bool]:
+    """And whether rows longer than the tile are narrowed first."""
+    choices = tiles(target)
+    for tile in choices:
+        if max_length <= tile.size:
+            return tile, False
+    return choices[-2], True
+
+
+# --- order --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _order_of(x):
+    """Integers ordered as the floats are; both zeros are one."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _float_of(order):
+    """The inverse of `_order_of`."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _threshold(x, count, k, slack):
+    """The value that k of x reach, or up to k + slack; and how many of x to take are equal to it.
+
+    Args:
+        x: [size] float32, at most 2 ** 15; NaN counts as absent, `count` > k are present.
+
+    Returns:
+        The largest value that at least k of x reach, or one that k to k + slack do, and how many
+        of those equal to it belong to the k largest (size, if all).
+    """
+    low = _order_of(tl.min(tl.where(x == x, x, float("inf")), axis=0))
+    high = _order_of(tl.max(tl.where(x == x, x, float("-inf")), axis=0)) + 1
+    # reached by num_low >= k and by num_high < k
+    num_low = count
+    num_high = count * 0
+    step = 0
+    while (num_low > k + slack) & (high - 1 > low):
+        width = high.to(tl.int64) - low
+        first = (low + width // 3).to(tl.int32)
+        second = (low + width - width // 3).to(tl.int32)
+        if step < _FLOAT_STEPS:
+            # thirds of the values are closer to thirds of the counts
+            least = tl.maximum(_float_of(low), -3e38) * (1.0 / 3.0)
+            most = tl.minimum(_float_of(high - 1), 3e38) * (1.0 / 3.0)
+            first = _order_of(least + least + most)
+            second = _order_of(least + most + most)
+        first = tl.minimum(tl.maximum(first, low + 1), high - 1)
+        second = tl.minimum(tl.maximum(second, first), high - 1)
+        # both counts in one sum
+        reached = (x >= _float_of(first)).to(tl.int32) + (
+            (x >= _float_of(second)).to(tl.int32) << 16
+        )
+        total = tl.sum(reached, axis=0)
+        num_first = total & 0xFFFF
+        num_second = total >> 16
+        if num_second >= k:
+            low = second
+            num_low = num_second
+        elif num_first >= k:
+            low = first
+            num_low = num_first
+            high = second
+            num_high = num_second
+        else:
+            high = first
+            num_high = num_first
+        step += 1
+    return _float_of(low), tl.where(num_low > k, k - num_high, 1 << 15)
+
+
+@triton.jit
+def _places_of_picks(is_above, is_equal, num_equal):
+    """Which are picked, of equal ones the first num_equal, and each one's place among the picks."""
+    above = is_above.to(tl.int32)
+    equal = is_equal.to(tl.int32)
+    # both counts in one sum, up to and with each
+    reached = tl.cumsum(above + (equal << 16), axis=0)
+    num_above = (reached & 0xFFFF) - above
+    num_before = (reached >> 16) - equal
+    is_pick = is_above | (is_equal & (num_before < num_equal))
+    return is_pick, num_above + tl.minimum(num_before, num_equal)
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _length_of(lengths_ptr, row, RATIO: tl.constexpr):
+    """A row's length, or the number of entries that a query at its position sees."""
+    length = tl.load(lengths_ptr + row)
+    if RATIO > 0:
+        length = (length + 1) // RATIO
+    return length.to(tl.int32)
+
+
+@triton.jit
+def _sample_rank(length, k, SIZE: tl.constexpr, SAMPLE: tl.constexpr):
+    """Of how many samples the threshold should be the least, so that k to SIZE scores reach it."""
+    share = SAMPLE * 1.0 / length
+    # counts vary by the square root, which itself varies by a half: 5 times that, or midway
+    least = tl.sqrt(k * share)
+    rank = tl.minimum(least + 2.5, 0.5 * (least + tl.sqrt(SIZE * share)))
+    return tl.maximum((rank * rank).to(tl.int32), 1)
+
+
+@triton.jit
+def _list_candidates(candidates_ptr, x, threshold, columns, total, capacity):
+    """Append the columns that reach the threshold to `total` others; their number with these."""
+    is_candidate = x >= threshold
+    places = total + tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
+    tl.store(candidates_ptr + places, columns, mask=is_candidate & (places < capacity))
+    return total + tl.sum(is_candidate.to(tl.int32), axis=0)
+
+
+@triton.jit
+def narrow_kernel(
+    # tensors
+    scores_ptr,
+    lengths_ptr,
+    counts_ptr,
+    candidates_ptr,
+    # sizes, strides in elements, meta-parameters
+    k,
+    capacity,
+    stride_scores_row,
+    SIZE: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RATIO: tl.constexpr,
+):
+    """One program, one part of one row longer than SIZE: the columns that may be picked.
+
+    counts: [rows, parts] int32, also of what `candidates` [rows, parts, capacity] int32 cannot
+    hold; rows of up to SIZE are left as they are.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    num_parts = tl.num_programs(1)
+    length = _length_of(lengths_ptr, row, RATIO)
+    if (length > SIZE) & (length > k):
+        scores_ptr += row * stride_scores_row
+        # one column of every SAMPLE-th part of the row, each time at another place
+        lanes = tl.arange(0, SAMPLE)
+        begins = (lanes.to(tl.int64) * length // SAMPLE).to(tl.int32)
+        widths = ((lanes + 1).to(tl.int64) * length // SAMPLE).to(tl.int32) - begins
+        scattered = ((lanes * 40503) & 0xFFFF) * 1.0 / 65536.0
+        sample = tl.load(scores_ptr + begins + (scattered * widths).to(tl.int32))
+        rank = _sample_rank(length, k, SIZE, SAMPLE)
+        threshold, _ = _threshold(sample, SAMPLE, rank, rank // 8)
+        share = tl.cdiv(tl.cdiv(length, num_parts), BLOCK) * BLOCK
+        begin = part * share
+        end = tl.minimum(begin + share, length)
+        candidates_ptr += (row * num_parts + part) * capacity
+        offs = tl.arange(0, BLOCK)
+        # whole blocks are loaded without a mask, 16 bytes at a time; the next one is on its way
+        # while this one is listed
+        end_whole = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
+        is_whole = offs * 0 + begin < end_whole
+        following = tl.load(scores_ptr + begin + offs, mask=is_whole, other=0.0)
+        total = 0
+        for start in range(begin, end_whole, BLOCK):
+            x = following
+            is_whole = offs * 0 + start + BLOCK < end_whole
+            following = tl.load(scores_ptr + start + BLOCK + offs, mask=is_whole, other=0.0)
+            total = _list_candidates(candidates_ptr, x, threshold, start + offs, total, capacity)
+        if end_whole < end:
+            columns = end_whole + offs
+            x = tl.load(scores_ptr + columns, mask=columns < end, other=_NAN)
+            total = _list_candidates(candidates_ptr, x, threshold, columns, total, capacity)
+        tl.store(counts_ptr + row * num_parts + part, total)
+
+
+@triton.jit
+def _candidate_columns(
+    counts_ptr, candidates_ptr, num_parts, capacity, SIZE: tl.constexpr, LOG_PARTS: tl.constexpr
+):
+    """[SIZE] columns of one row's candidates in order, 0 past the last; and their number."""
+    parts = tl.arange(0, 1 << LOG_PARTS)
+    counts = tl.load(counts_ptr + parts, mask=parts < num_parts, other=0)
+    total = tl.sum(counts, axis=0)
+    ends = tl.cumsum(counts, axis=0)
+    lanes = tl.arange(0, SIZE)
+    # the number of parts that end before a lane, by binary search
+    part = tl.zeros([SIZE], tl.int32)
+    for level in tl.static_range(LOG_PARTS):
+        half = 1 << (LOG_PARTS - 1 - level)
+        part += tl.where(tl.gather(ends, part + (half - 1), axis=0) <= lanes, half, 0)
+    first = tl.gather(ends - counts, part, axis=0)
+    is_present = lanes < tl.where(total <= SIZE, total, 0)
+    columns = tl.load(candidates_ptr + part * capacity + lanes - first, mask=is_present, other=0)
+    return columns, total
+
+
+@triton.jit
+def _store_picks(out_ptr, places, columns, mask, table_ptr, ROWS_PER_BLOCK: tl.constexpr):
+    """Columns at their places; as rows of the pool where they are a sequence's entries."""
+    if ROWS_PER_BLOCK > 0:
+        blocks = tl.load(table_ptr + columns // ROWS_PER_BLOCK, mask=mask, other=0)
+        columns = (blocks * ROWS_PER_BLOCK + columns % ROWS_PER_BLOCK).to(tl.int32)
+    tl.store(out_ptr + places, columns, mask=mask)
+
+
+@triton.jit
+def _scan_row(scores_ptr, out_ptr, length, k, table_ptr, ROWS_PER_BLOCK: tl.constexpr):
+    """Pick from a row of any length by reading it again and again."""
+    offs = tl.arange(0, _SCAN_BLOCK)
+    steps = tl.arange(0, 8).to(tl.int64)
+    # the order of the k-th largest lies in [low, low + 8 * width)
+    low = tl.full([], -0x80000000, tl.int64)
+    width = tl.full([], 0x20000000, tl.int64)
+    num_above = length * 0
+    for _ in range(11):
+        thresholds = (low + steps * width).to(tl.int32)
+        counts = tl.zeros([8], tl.int32)
+        for start in range(0, length, _SCAN_BLOCK):
+            mask = start + offs < length
+            order = _order_of(tl.load(scores_ptr + start + offs, mask=mask, other=0.0))
+            reaches = (order[:, None] >= thresholds[None, :]) & mask[:, None]
+            counts += tl.sum(reaches.to(tl.int32), axis=0)
+        is_reached = counts >= k
+        num_above = tl.maximum(num_above, tl.max(tl.where(is_reached, 0, counts), axis=0))
+        low += tl.maximum(tl.sum(is_reached.to(tl.int64), axis=0) - 1, 0) * width
+        width = tl.maximum(width // 8, 1)
+    kth = low.to(tl.int32)
+    num_equal = k - num_above
+    num_picked = length * 0
+    for start in range(0, length, _SCAN_BLOCK):
+        columns = start + offs
+        mask = columns < length
+        order = _order_of(tl.load(scores_ptr + columns, mask=mask, other=0.0))
+        is_equal = mask & (order == kth)
+        is_pick, places = _places_of_picks(mask & (order > kth), is_equal, num_equal)
+        _store_picks(out_ptr, num_picked + places, columns, is_pick, table_ptr, ROWS_PER_BLOCK)
+        num_picked += tl.sum(is_pick.to(tl.int32), axis=0)
+        num_equal = tl.maximum(num_equal - tl.sum(is_equal.to(tl.int32), axis=0), 0)
+
+
+@triton.jit
+def select_kernel(
+    # tensors
+    scores_ptr,
+    lengths_ptr,
+    counts_ptr,
+    candidates_ptr,
+    sequences_ptr,
+    tables_ptr,
+    out_ptr,
+    # sizes, strides in elements, meta-parameters
+    k,
+    num_parts,
+    capacity,
+    stride_scores_row,
+    stride_tables_sequence,
+    SIZE: tl.constexpr,
+    LOG_PARTS: tl.constexpr,
+    RATIO: tl.constexpr,
+    ROWS_PER_BLOCK: tl.constexpr,
+):
+    """One program, one row: out[row] = its picks, then -1.
+
+    With a RATIO `lengths` are positions, and columns are entries of a sequence, picked as rows of
+    its pool. Of rows longer than SIZE `narrow_kernel` has listed the candidates, in up to
+    2 ** LOG_PARTS parts; LOG_PARTS 0: there are no such rows.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    length = _length_of(lengths_ptr, row, RATIO)
+    scores_ptr += row * stride_scores_row
+    out_ptr += row * k
+    if RATIO > 0:
+        tables_ptr += tl.load(sequences_ptr + row) * stride_tables_sequence
+    offs = tl.arange(0, SIZE)
+    if length <= k:
+        for start in range(0, length, SIZE):
+            columns = start + offs
+            mask = columns < length
+            _store_picks(out_ptr, columns, columns, mask, tables_ptr, ROWS_PER_BLOCK)
+        for start in range(length, k, SIZE):
+            tail = start + offs
+            tl.store(out_ptr + tail, tl.full([SIZE], -1, tl.int32), mask=tail < k)
+    else:
+        columns = offs
+        count = length
+        if LOG_PARTS > 0:
+            if length > SIZE:
+                columns, count = _candidate_columns(
+                    counts_ptr + row * num_parts,
+                    candidates_ptr + row * num_parts * capacity,
+                    num_parts,
+                    capacity,
+                    SIZE,
+                    LOG_PARTS,
+                )
+        if (count >= k) & (count <= SIZE):
+            x = tl.load(scores_ptr + columns, mask=offs < count, other=_NAN)
+            threshold, num_equal = _threshold(x, count, k, 0)
+            is_pick, places = _places_of_picks(x > threshold, x == threshold, num_equal)
+            _store_picks(out_ptr, places, columns, is_pick, tables_ptr, ROWS_PER_BLOCK)
+        elif LOG_PARTS > 0:
+            _scan_row(scores_ptr, out_ptr, length, k, tables_ptr, ROWS_PER_BLOCK)
+
+
+# --- launches -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Whose columns are the entries of a sequence, and where these lie in the pool."""
+
+    positions: Tensor  # [num_rows] int64
+    sequences: Tensor  # [num_rows] int64: row of block_tables
+    block_tables: Tensor  # [num_seqs, max_blocks] int64
+    ratio: int  # tokens an entry
+    rows_per_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """How rows of some bound are selected."""
+
+    tile: Tile
+    num_parts: int  # 0: no row is narrowed
+    capacity: int  # candidates of a part
+
+    @property
+    def scratch_columns(self) -> int:
+        """Of int32, beside each row's scores."""
+        return self.num_parts * (self.capacity + 1)
+
+
+def plan_selection(num_rows: int, max_length: int, target: Target) -> Selection:
+    tile, is_narrowed = pick_tile(max_length, target)
+    if not is_narrowed:
+        return Selection(tile, 0, 0)
+    num_blocks = triton.cdiv(max_length, NARROW_BLOCK)
+    num_parts = min(max(_NUM_PROGRAMS // max(num_rows, 1), 1), 1 << LOG_PARTS, num_blocks)
+    longest = triton.cdiv(num_blocks, num_parts) * NARROW_BLOCK
+    return Selection(tile, num_parts, min(longest, tile.size))
+
+
+def select_columns(
+    scores: Tensor, lengths: Tensor | Entries, k: int, out: Tensor, target: Target
+) -> None:
+    """Write [num_rows, k] int32, contiguous: columns, or the pool rows of entries.
+
+    Args:
+        scores: [num_rows, max_length] float32, rows of adjacent columns.
+        lengths: [num_rows] int32, or whose visible entries the columns are.
+    """
+    num_rows, max_length = scores.shape
+    if isinstance(lengths, Entries):
+        bounds, sequences, tables = lengths.positions, lengths.sequences, lengths.block_tables
+        ratio, rows_per_block = lengths.ratio, lengths.rows_per_block
+    else:
+        # of a pool, which there is not
+        bounds, sequences, tables, ratio, rows_per_block = lengths, lengths, lengths, 0, 0
+    selection = plan_selection(num_rows, max_length, target)
+    counts = candidates = bounds
+    if selection.num_parts:
+        shape = (num_rows, selection.num_parts)
+        counts = torch.empty(shape, dtype=torch.int32, device=scores.device)
+        candidates = torch.empty(
+            *shape, selection.capacity, dtype=torch.int32, device=scores.device
+        )
+        narrow_kernel[shape](
+            scores,
+            bounds,
+            counts,
+            candidates,
+            k,
+            selection.capacity,
+            scores.stride(0),
+            SIZE=selection.tile.size,
+            SAMPLE=SAMPLE,
+            BLOCK=NARROW_BLOCK,
+            RATIO=ratio,
+            num_warps=NARROW_WARPS,
+        )
+    select_kernel[(num_rows,)](
+        scores,
+        bounds,
+        counts,
+        candidates,
+        sequences,
+        tables,
+        out,
+        k,
+        selection.num_parts,
+        selection.capacity,
+        scores.stride(0),
+        tables.stride(0),
+        SIZE=selection.tile.size,
+        LOG_PARTS=LOG_PARTS if selection.num_parts else 0,
+        RATIO=ratio,
+        ROWS_PER_BLOCK=rows_per_block,
+        num_warps=selection.tile.num_warps,
+    )
