@@ -10,6 +10,7 @@ do the same with the norm that follows and with the writing put off to the next 
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from scission.kernels.hyper_connections.streams import Mix, Pending, Streams
 from scission.kernels.linear import QuantizedRows, quantize_rows
 from scission.kernels.moe.outputs import ExpertOutputs
 from scission.kernels.norm import rms_norm
+from scission.kernels.target import Target, target_of
+
+if TYPE_CHECKING:
+    from scission.kernels.hyper_connections.mix_streams import Reading
 
 __all__ = [
     "HyperConnection",
@@ -130,10 +135,17 @@ def hc_read(
         x [num_tokens, d] of the streams' dtype, or quantised with x as `values`; and what
         `hc_write` takes.
     """
-    h = _up_to_date(streams)
-    x, post, comb = hc_pre(h, connection)
-    x = rms_norm(x, norm_weight, norm_eps)
-    return quantize_rows(x, "ue8m0") if quantizes else x, Mix(post, comb)
+    target = target_of(streams.values.device)
+    if target is None or not _has_kernels(streams):
+        x, post, comb = hc_pre(_up_to_date(streams), connection)
+        x = rms_norm(x, norm_weight, norm_eps)
+        return quantize_rows(x, "ue8m0") if quantizes else x, Mix(post, comb)
+    reading = _read(streams, connection, norm_weight, norm_eps, target, quantizes=quantizes)
+    assert reading.post is not None and reading.comb is not None
+    mix = Mix(reading.post, reading.comb)
+    if reading.codes is None or reading.scales is None:
+        return reading.values, mix
+    return QuantizedRows(reading.values, reading.codes, reading.scales), mix
 
 
 def hc_write(y: Tensor | ExpertOutputs, streams: Streams, mix: Mix) -> Streams:
@@ -155,7 +167,53 @@ def hc_read_head(
     streams: Streams, connection: HyperConnection, norm_weight: Tensor, norm_eps: float
 ) -> Tensor:
     """`hc_head` of the streams, brought up to date, and the final norm: [num_tokens, d]."""
-    return rms_norm(hc_head(_up_to_date(streams), connection), norm_weight, norm_eps)
+    target = target_of(streams.values.device)
+    if target is None or not _has_kernels(streams):
+        return rms_norm(hc_head(_up_to_date(streams), connection), norm_weight, norm_eps)
+    return _read(streams, connection, norm_weight, norm_eps, target, quantizes=False).values
+
+
+def _has_kernels(streams: Streams) -> bool:
+    # only where a kernel is launched is Triton needed
+    from scission.kernels.hyper_connections.mix_streams import can_run
+
+    return can_run(streams.values)
+
+
+def _read(
+    streams: Streams,
+    connection: HyperConnection,
+    norm_weight: Tensor,
+    norm_eps: float,
+    target: Target,
+    *,
+    quantizes: bool,
+) -> "Reading":
+    from scission.kernels.hyper_connections import mix_streams
+
+    n, c, pending = streams.values.shape[1], connection, streams.pending
+    _check(streams.values, c, num_coefficients=n * (2 + n) if c.num_iterations else n)
+    streams.values, coefficients = mix_streams.score_streams(
+        streams.values,
+        pending.y if pending is not None else None,
+        pending.mix.post if pending is not None else None,
+        pending.mix.comb if pending is not None else None,
+        c.fn,
+        target,
+    )
+    streams.pending = None
+    return mix_streams.read_streams(
+        streams.values,
+        coefficients,
+        c.scale,
+        c.base,
+        c.norm_eps,
+        c.eps,
+        c.num_iterations,
+        norm_weight,
+        norm_eps,
+        quantizes=quantizes,
+    )
 
 
 def hc_values(streams: Streams) -> Tensor:

@@ -17,6 +17,7 @@ FILES = (
     "test_state.py",
     "test_sparse_attention.py",
     "test_indexer.py",
+    "test_mixing.py",
 )
 
 

@@ -1,5 +1,7 @@
 """Hyper-connections, norms and gates as the layers use them, against their definitions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,9 +18,12 @@ from scission.kernels.hyper_connections import (
     hc_read_head,
     hc_write,
 )
+from scission.kernels.hyper_connections import reference as hc_reference
 from scission.kernels.linear import QuantizedRows, Scaling, quantize_rows
 from scission.kernels.moe.outputs import ExpertOutputs
 from scission.kernels.norm import add_norm, rms_norm
+from scission.kernels.target import Target
+from scission.kernels.testing import relative_error
 
 EPS = 1e-6
 
@@ -137,3 +142,91 @@ def test_gated_rows_are_quantised_as_the_next_layer_takes_them() -> None:
     expected = quantize_rows(silu_mul(gate_up, 7.0), "dynamic")
     assert torch.equal(rows.codes.view(torch.uint8), expected.codes.view(torch.uint8))
     assert torch.equal(rows.scales, expected.scales)
+
+
+def _run_kernels_everywhere(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
+    """The interpreter's CPU counts as a device with kernels."""
+    for package in ("hyper_connections",):
+        monkeypatch.setattr(f"scission.kernels.{package}.target_of", lambda _: target)
+
+
+class StreamCase:
+    """One sublayer's read with something pending, by kernels and by definition."""
+
+    def __init__(self, num_tokens: int, d: int, device: torch.device, seed: int = 0) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device)
+
+        self.connection = random_connection(4, d, generator)
+        self.head = random_connection(4, d, generator, is_head=True)
+        self.weight = random(d).abs() + 0.5
+        self.values = random(num_tokens, 4, d).bfloat16()
+        self.y = random(num_tokens, d).bfloat16()
+        self.mix = Mix(random(num_tokens, 4).abs(), random(num_tokens, 4, 4).abs() * 0.25)
+        rows = torch.randperm(num_tokens * 3, generator=generator, device=device)
+        self.outputs = ExpertOutputs(
+            random(2, num_tokens * 3, d), rows.view(num_tokens, 3).to(torch.int32)
+        )
+        if num_tokens > 1:
+            # padding: a row of nobody
+            self.outputs.row_of[1] = -1
+
+    def streams(self, kind: str) -> Streams:
+        if kind == "first":
+            return Streams.of(self.y, 4)
+        y = self.y if kind == "summed" else self.outputs
+        return hc_write(y, Streams(self.values.clone()), self.mix)
+
+    def written(self, kind: str) -> Tensor:
+        """The streams with what was pending."""
+        if kind == "first":
+            return self.streams("first").values
+        y = self.y
+        if kind == "rows":
+            real = self.outputs.row_of >= 0
+            found = self.outputs.rows.sum(0)[self.outputs.row_of.clamp_min(0).long()]
+            y = (found * real.unsqueeze(-1)).sum(1).bfloat16()
+        return hc_reference.hc_post(y, self.values, self.mix.post, self.mix.comb)
+
+
+def _on_cpu(connection: HyperConnection) -> HyperConnection:
+    c = connection
+    return replace(c, fn=c.fn.cpu(), scale=c.scale.cpu(), base=c.base.cpu())
+
+
+def _check_reading(case: StreamCase, kind: str) -> None:
+    streams = case.streams(kind)
+    rows, mix = hc_read(streams, case.connection, case.weight, EPS, quantizes=True)
+    assert isinstance(rows, QuantizedRows) and rows.values is not None
+    assert streams.pending is None
+    # what is summed in another order rounds to a neighbour here and there
+    assert relative_error(streams.values, case.written(kind)) <= 1e-4
+    h, weight = streams.values.cpu(), case.weight.cpu()
+    x, post, comb = hc_pre(h, _on_cpu(case.connection))
+    assert relative_error(rows.values.cpu(), rms_norm(x, weight, EPS)) <= 1e-3
+    assert relative_error(mix.post.cpu(), post) <= 1e-5
+    assert relative_error(mix.comb.cpu(), comb) <= 1e-5
+    wanted = quantize_rows(rows.values.cpu(), "ue8m0")
+    assert torch.equal(rows.codes.cpu().view(torch.uint8), wanted.codes.view(torch.uint8))
+    assert torch.equal(rows.scales.cpu(), wanted.scales)
+    head = hc_read_head(case.streams(kind), case.head, case.weight, EPS)
+    expected = rms_norm(hc_head(h, _on_cpu(case.head)), weight, EPS)
+    assert relative_error(head.cpu(), expected) <= 1e-3
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kind", ["first", "summed", "rows"])
+@pytest.mark.parametrize(("num_tokens", "d"), [(1, 256), (18, 128)])
+def test_streams_kernels_equal_their_references(
+    num_tokens: int,
+    d: int,
+    kind: str,
+    kernel_device: torch.device,
+    kernel_target: Target,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = StreamCase(num_tokens, d, kernel_device)
+    _run_kernels_everywhere(monkeypatch, kernel_target)
+    _check_reading(case, kind)
