@@ -125,6 +125,7 @@ class SchedulerOptions:
     commit_lease_s: float = 1.0  # prefill: and is kept this long after COMMIT
     reserve_wait_s: float = 1.0  # decode: a RESERVE waits this long for its Submit
     inject_bytes_per_step: int = 64 << 20  # decode: of arrived state, scattered between two steps
+    cuda_graphs: bool = True  # decode: steps are captured graphs, where the model's can be
 
     def __post_init__(self) -> None:
         for name in (

@@ -197,6 +197,11 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("scheduler.commit_lease_s", "state is kept this long after the decode has it"),
     _setting("scheduler.reserve_wait_s", "a reservation waits this long for its request"),
     _setting("scheduler.inject_bytes_per_step", "arrived state taken in between two steps"),
+    _setting(
+        "scheduler.cuda_graphs",
+        "on a GPU, decode by captured graphs",
+        negative_aliases=("--enforce-eager", "--disable-cuda-graph"),
+    ),
     _setting("source.transfer_port", "port on which a decode takes state; 0: a free one"),
     _setting("source.transfer_curve_dir", "folder of CURVE keys (`scission keys`)"),
     _setting(
@@ -318,7 +323,6 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
 # True of this server whether they are given or not.
 ACCEPTED_SWITCHES: tuple[str, ...] = (
     "trust_remote_code",
-    "enforce_eager",
     "enable_auto_tool_choice",
     "enable_chunked_prefill",
     "disable_log_requests",

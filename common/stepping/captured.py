@@ -1,8 +1,8 @@
 """Steps as captured graphs: model, draw and feedback on the device, the host one step behind.
 
-There is one graph for each batch size of `bucket_sizes`; a batch is padded to the next one. All
-graphs read and write the same rows, so that a step follows another of any size without a copy.
-What the host changes between two steps (who came, who left, new blocks) is one copy and one launch.
+There is one graph for each of some batch sizes (`bucket_sizes`); a batch is padded to the next. All
+graphs read and write the same rows, so that a step follows another of any size without a copy. What
+the host changes between two steps (who came, who left, new blocks) is one copy and one launch.
 """
 
 import logging
@@ -19,7 +19,7 @@ from scission.common.runner import Runner
 from scission.common.sampling import describe, most_alternatives, sample
 from scission.common.stepping.chunked import chunk_of
 from scission.common.stepping.rows import RowChange, RunningRows
-from scission.common.stepping.seats import Seats, bucket_sizes
+from scission.common.stepping.seats import Seats
 from scission.common.stepping.sequences import Drawn, Planned, S, advance
 from scission.kernels import sampling as kernels
 
@@ -85,16 +85,19 @@ class ReplayedStep(Generic[S]):
 class CapturedSteps(Generic[S]):
     """See the module. On a CPU the same steps run without graphs: for tests."""
 
-    def __init__(self, runner: Runner, max_rows: int, max_context: int, *, depth: int = 1) -> None:
-        """Room for `max_rows` sequences of `max_context` tokens. `capture` makes the graphs."""
+    def __init__(
+        self, runner: Runner, sizes: Sequence[int], max_context: int, *, depth: int = 1
+    ) -> None:
+        """Batches are padded to one of `sizes`, ascending; their sequences have up to
+        `max_context` tokens. `capture` makes the graphs.
+        """
         self.depth = depth
         self._runner = runner
         self._device = runner.storage.device
-        self._sizes = bucket_sizes(max_rows)
         block_size = runner.storage.layout.block_size
-        self._rows = RunningRows(self._sizes, max_context, block_size, self._device)
+        self._rows = RunningRows(sizes, max_context, block_size, self._device)
         self._graphs: dict[int, _Graph] = {}
-        self._seats: Seats[S] = Seats(self._sizes)
+        self._seats: Seats[S] = Seats(sizes)
         self._num_blocks: dict[S, int] = {}  # that the device knows
         self._fed_by_host: set[S] = set()  # the device holds another next token
         self._num_steps = 0
@@ -102,7 +105,7 @@ class CapturedSteps(Generic[S]):
         is_gpu = self._device.type == "cuda"
         # a step's tokens stay until it is collected
         self._token_ids = [
-            torch.empty(max_rows, dtype=torch.int64, pin_memory=is_gpu) for _ in range(depth + 2)
+            torch.empty(sizes[-1], dtype=torch.int64, pin_memory=is_gpu) for _ in range(depth + 2)
         ]
 
     @torch.inference_mode()
@@ -118,14 +121,14 @@ class CapturedSteps(Generic[S]):
             return
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        sizes = self._sizes[::-1]
+        sizes = self._seats.sizes[::-1]
         for number, size in enumerate(sizes):
             free, _ = torch.cuda.mem_get_info(self._device)
             if number and free < SPARE_BYTES:
                 logger.warning(
                     "%d bytes are free: no graphs below %d rows", free, sizes[number - 1]
                 )
-                self._seats = Seats(self._sizes[-number:])
+                self._seats = Seats(self._seats.sizes[-number:])
                 break
             self._graphs[size] = self._capture(size, pool, stream)
             if on_graph is not None:

@@ -23,13 +23,25 @@ WARM_UP_STEPS = 4
 
 
 def measure(
-    subject: Subject, rates: DeviceRates | None, batch: int, context: int, steps: int
+    subject: Subject,
+    rates: DeviceRates | None,
+    batch: int,
+    context: int,
+    steps: int,
+    *,
+    is_eager: bool = False,
 ) -> dict[str, Any]:
-    """Steps of `batch` sequences whose prompts of `context` tokens were computed before."""
-    sequences = Sequences(subject, batch, context + WARM_UP_STEPS + steps)
+    """Steps of `batch` sequences whose prompts of `context` tokens were computed before; captured
+    ones where there can be, unless `is_eager`.
+    """
+    is_captured = subject.captures and not is_eager
+    # one more: a step whose tokens nobody waits for is under way at the end
+    max_tokens = context + WARM_UP_STEPS + steps + 1
+    sequences = Sequences(subject, batch, max_tokens, is_captured=is_captured)
     sequences.prefill(context)
     timed(sequences.step, WARM_UP_STEPS)
     times = spread(timed(sequences.step, steps))
+    sequences.settle()
     median_s = times["median_ms"] / 1000
     floor_s = None
     if rates is not None and subject.config is not None:
@@ -41,6 +53,7 @@ def measure(
         "batch": batch,
         "context": context,
         "steps": steps,
+        "is_captured": is_captured,
         **times,
         "tokens_per_s": batch / median_s,
         **against_floor(median_s, floor_s),
@@ -52,6 +65,7 @@ def measure(
 @click.option("--batch", "batches", callback=integers, default="1,8,32", show_default=True)
 @click.option("--context", type=click.IntRange(1), default=1024, show_default=True, help="tokens")
 @click.option("--steps", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--eager", is_flag=True, help="without captured graphs")
 def command(
     directory: Path,
     layers: int | None,
@@ -59,6 +73,7 @@ def command(
     batches: tuple[int, ...],
     context: int,
     steps: int,
+    eager: bool,
     **options: Any,
 ) -> None:
     def run() -> None:
@@ -66,7 +81,7 @@ def command(
             rates = rates_of(subject)
             results = []
             for batch in batches:
-                row = measure(subject, rates, batch, context, steps)
+                row = measure(subject, rates, batch, context, steps, is_eager=eager)
                 results.append(row)
                 click.echo(
                     f"batch {batch:>4}, context {context}: {row['median_ms']:.3f} ms a step "

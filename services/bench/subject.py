@@ -3,7 +3,8 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,15 @@ from scission.common.model.config import ARCHITECTURE, DeepseekV4Config, read_co
 from scission.common.model.load import LoadedModel, load_model
 from scission.common.runner import NUM_SCRATCH, Runner
 from scission.common.sampling import SequenceSampling, sample
+from scission.common.stepping.captured import CapturedSteps
+from scission.common.stepping.chunked import ChunkedSteps
+from scission.common.stepping.sequences import (
+    DecodeSequence,
+    Planned,
+    Steps,
+    Submitted,
+    append,
+)
 from scission.common.types import SamplingParams
 
 CHUNK_TOKENS = 2048  # of a prompt in one pass: the workers' default
@@ -37,6 +47,11 @@ class Subject:
     tensors: Mapping[str, TensorDescription]  # as stored
     device: torch.device
     load_s: float
+
+    @property
+    def captures(self) -> bool:
+        """Its steps can be captured graphs."""
+        return self.device.type == "cuda" and self.loaded.model.captures
 
     def describe(self) -> dict[str, Any]:
         layers = {layer for c in self.loaded.layout.components for layer in c.layers}
@@ -95,54 +110,82 @@ def cut_layers(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
 class Sequences:
     """Sequences of random tokens on a storage of their own, computed as the engines do."""
 
-    def __init__(self, subject: Subject, count: int, max_tokens: int, seed: int = 0) -> None:
-        """Room for `count` sequences of `max_tokens` tokens."""
+    def __init__(
+        self,
+        subject: Subject,
+        count: int,
+        max_tokens: int,
+        seed: int = 0,
+        *,
+        is_captured: bool = False,
+    ) -> None:
+        """Room for `count` sequences of `max_tokens` tokens.
+
+        Args:
+            is_captured: decode by a graph; the model must allow it (`Subject.captures`).
+        """
         layout = subject.loaded.layout
-        self._blocks_each = layout.num_blocks(max_tokens)
-        num_blocks = NUM_SCRATCH + count * self._blocks_each
+        blocks_each = layout.num_blocks(max_tokens)
+        num_blocks = NUM_SCRATCH + count * blocks_each
         storage = CacheStorage(layout, num_blocks, NUM_SCRATCH + count, subject.device)
         self._runner = Runner(subject.loaded.model, storage)
         self._vocab_size = subject.loaded.vocab_size
         self._generator = torch.Generator().manual_seed(seed)
+        self._steps: Steps[DecodeSequence] = ChunkedSteps(self._runner)
+        if is_captured:
+            captured = CapturedSteps[DecodeSequence](
+                self._runner, (count,), subject.loaded.max_model_len
+            )
+            captured.capture()
+            self._steps = captured
+        self._under_way: deque[Submitted[DecodeSequence]] = deque()
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        self._sampling = [SequenceSampling(params, 0, ()) for _ in range(count)]
-        self._lengths = [0] * count
-        self._next = [0] * count
+        self._sequences = [
+            DecodeSequence(
+                SequenceSampling(params, 0, ()),
+                list(range(NUM_SCRATCH + i * blocks_each, NUM_SCRATCH + (i + 1) * blocks_each)),
+                slot=NUM_SCRATCH + i,
+                num_computed=0,
+                pending=[],
+            )
+            for i in range(count)
+        ]
 
     def prefill(self, num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> None:
-        """Start every sequence anew with a random prompt, one after another, and draw its next."""
-        for i in range(len(self._lengths)):
+        """Start every sequence anew with a random prompt, one after another, and draw its next.
+
+        Nothing waits for the device before a prompt's last chunk.
+        """
+        for sequence in self._sequences:
             prompt = torch.randint(self._vocab_size, (num_tokens,), generator=self._generator)
             token_ids: list[int] = prompt.tolist()
-            self._lengths[i] = 0
-            self._runner.storage.reset_slot(NUM_SCRATCH + i)
+            self._runner.storage.reset_slot(sequence.slot)
             for start in range(0, num_tokens, chunk_tokens):
-                self._feed([(i, token_ids[start : start + chunk_tokens])])
+                chunk = SequenceChunk(
+                    token_ids[start : start + chunk_tokens],
+                    start,
+                    sequence.block_ids,
+                    sequence.slot,
+                    logits="last" if start + chunk_tokens >= num_tokens else "none",
+                )
+                logits = self._runner.forward([chunk])
+            [(token_id, _)] = sample(logits, [sequence.sampling])
+            sequence.num_computed = num_tokens
+            sequence.sampling.append(token_id)
+            sequence.pending = [token_id]
 
     def step(self) -> None:
-        """Feed every sequence its next token and draw another; returns when it is known."""
-        self._feed([(i, [token_id]) for i, token_id in enumerate(self._next)])
+        """Feed every sequence its next token and draw another; returns when the tokens of the
+        steps are known but for those that the engine leaves under way.
+        """
+        self._under_way.append(self._steps.submit([Planned(s, 1) for s in self._sequences]))
+        self.settle(self._steps.depth)
 
-    def _feed(self, parts: Sequence[tuple[int, list[int]]]) -> None:
-        chunks = [
-            SequenceChunk(
-                token_ids=token_ids,
-                start=self._lengths[i],
-                block_ids=self._block_ids(i),
-                slot=NUM_SCRATCH + i,
-            )
-            for i, token_ids in parts
-        ]
-        logits = self._runner.forward(chunks)
-        drawn = sample(logits, [self._sampling[i] for i, _ in parts])
-        for (i, token_ids), (token_id, _) in zip(parts, drawn, strict=True):
-            self._lengths[i] += len(token_ids)
-            self._sampling[i].append(token_id)
-            self._next[i] = token_id
-
-    def _block_ids(self, i: int) -> range:
-        first = NUM_SCRATCH + i * self._blocks_each
-        return range(first, first + self._blocks_each)
+    def settle(self, depth: int = 0) -> None:
+        """Wait until no more than `depth` steps are under way."""
+        while len(self._under_way) > depth:
+            for drawn in self._under_way.popleft().collect():
+                append(drawn)
 
 
 def timed(action: Callable[[], None], repeats: int) -> list[float]:

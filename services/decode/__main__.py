@@ -12,13 +12,16 @@ from scission.common.device import open_device
 from scission.common.log import set_up_logging
 from scission.common.model.load import load_model
 from scission.common.pulse import Pulse
-from scission.common.runner import Runner, plan_cache
+from scission.common.runner import NUM_SCRATCH, Runner, plan_cache
+from scission.common.stepping.captured import CapturedSteps
+from scission.common.stepping.progress import capture_graphs
+from scission.common.stepping.seats import bucket_sizes
 from scission.common.transfer.receiver import Receiver
 from scission.common.types import Role
 from scission.common.worker import EngineContext, run_worker
 from scission.services.decode.engine import DecodeEngine
 from scission.services.decode.meters import DecodeMeters
-from scission.services.decode.request import ModelFacts
+from scission.services.decode.request import ModelFacts, RunningSequence
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +33,8 @@ def run(config: DecodeConfig) -> int:
 
 
 def build_engine(config: DecodeConfig, context: EngineContext) -> DecodeEngine:
-    """Load the model, allocate its state, open the transfer's end, compute once for warmth; in the
-    engine's thread.
+    """Load the model, allocate its state, compute once for warmth, capture the steps, open the
+    transfer's end; in the engine's thread.
     """
     meters = DecodeMeters(context.metrics)
     started_at = time.monotonic()
@@ -51,6 +54,18 @@ def build_engine(config: DecodeConfig, context: EngineContext) -> DecodeEngine:
     warming_at = time.monotonic()
     runner.warm_up(num_tokens=1)
     meters.engine.start_up("warm_up").set(time.monotonic() - warming_at)
+    facts = ModelFacts(
+        vocab_size=loaded.vocab_size,
+        max_model_len=loaded.max_model_len,
+        eos_token_ids=loaded.eos_token_ids,
+        layout_digest=loaded.digest,
+    )
+    steps: CapturedSteps[RunningSequence] | None = None
+    if config.scheduler.cuda_graphs and device.type == "cuda" and loaded.model.captures:
+        room = (size.num_blocks - NUM_SCRATCH) * config.cache.block_size
+        max_context = min(facts.max_model_len, room)
+        steps = CapturedSteps(runner, bucket_sizes(config.scheduler.max_num_seqs), max_context)
+        meters.engine.start_up("capture").set(capture_graphs(steps))
 
     receiver = Receiver(
         storage,
@@ -62,12 +77,6 @@ def build_engine(config: DecodeConfig, context: EngineContext) -> DecodeEngine:
             advertise_host=config.transfer.advertise_host or context.advertise_host,
         ),
         context.inbox.wake,
-    )
-    facts = ModelFacts(
-        vocab_size=loaded.vocab_size,
-        max_model_len=loaded.max_model_len,
-        eos_token_ids=loaded.eos_token_ids,
-        layout_digest=loaded.digest,
     )
     logger.info(
         "model loaded",
@@ -90,6 +99,7 @@ def build_engine(config: DecodeConfig, context: EngineContext) -> DecodeEngine:
         config.scheduler,
         meters,
         beat_s=config.discovery.beat_s,
+        steps=steps,
     )
 
 

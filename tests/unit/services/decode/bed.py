@@ -26,6 +26,7 @@ from scission.common.model.batch import ForwardBatch, SequenceChunk
 from scission.common.runner import Runner
 from scission.common.sampling import SequenceSampling, finish_reason, sample
 from scission.common.stepping.captured import CapturedSteps
+from scission.common.stepping.seats import bucket_sizes
 from scission.common.transfer.events import (
     Aborted,
     Failed,
@@ -66,6 +67,7 @@ class HashModel:
 
     layout = LAYOUT
     layer_groups = ((0, 1),)
+    captures = True
 
     def __init__(self) -> None:
         self.fails = 0  # so many next passes raise
@@ -265,7 +267,7 @@ class Bed:
         runner = Runner(self.model, self.storage)
         steps: CapturedSteps[RunningSequence] | None = None
         if is_captured:
-            steps = CapturedSteps(runner, num_slots, max_model_len)
+            steps = CapturedSteps(runner, bucket_sizes(num_slots), max_model_len)
         self.engine = DecodeEngine(
             runner,
             ModelFacts(VOCAB, max_model_len, frozenset({EOS}), {}),
