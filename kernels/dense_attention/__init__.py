@@ -11,12 +11,15 @@ from scission.kernels.dense_attention.key_rows import KeyRows, tiles_of
 from scission.kernels.dense_attention.places_reference import turn_heads
 from scission.kernels.linear import QuantizedRows, Scaling, quantize_rows
 from scission.kernels.places import Places
+from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.target import target_of
 
 __all__ = ["Heads", "KeyRows", "Turn", "attend_dense", "attend_heads", "tiles_of", "turn_heads"]
 
 _HEAD_DIMS = (64, 128, 256)
 _KERNEL_DTYPE = torch.bfloat16
+_MAX_GROUP = 16  # query heads of a key-value head
+_KEYS_OF_A_TILE = 64  # of one block
 
 
 def attend_dense(
@@ -111,8 +114,32 @@ def attend_heads(
         )
     if qkv.shape[0] != places.num_tokens:
         raise ValueError(f"{qkv.shape[0]} rows do not fit {places.num_tokens} tokens")
-    out = places_reference.attend_heads(qkv, heads, turn, k_pool, v_pool, places)
-    if gate is not None:
-        out = out * gate.float().sigmoid().to(out.dtype).unsqueeze(-1)
-    rows = out.flatten(1)
-    return rows if scaling is None else quantize_rows(rows, scaling, static_scale)
+    target = target_of(qkv.device)
+    if target is not None and qkv.dtype == _KERNEL_DTYPE and can_run(heads, num_heads, places):
+        # a head is a block of scales, or rows are quantised after
+        inside = scaling if heads.head_dim == FP8_BLOCK else None
+        from scission.kernels.dense_attention.chunks import attend_chunks
+        from scission.kernels.dense_attention.single_tokens import attend_single_tokens
+
+        attend = attend_single_tokens if places.is_single else attend_chunks
+        gate = gate.contiguous() if gate is not None else None
+        static = static_scale if inside else None
+        rows = attend(qkv, heads, turn, k_pool, v_pool, places, gate, inside, static, target)
+    else:
+        out = places_reference.attend_heads(qkv, heads, turn, k_pool, v_pool, places)
+        if gate is not None:
+            out = out * gate.float().sigmoid().to(out.dtype).unsqueeze(-1)
+        rows = out.flatten(1)
+    if scaling is None or isinstance(rows, QuantizedRows):
+        return rows
+    return quantize_rows(rows, scaling, static_scale)
+
+
+def can_run(heads: Heads, num_heads: int, places: Places) -> bool:
+    """Whether the kernels of `attend_heads` take these shapes."""
+    return (
+        heads.head_dim in _HEAD_DIMS
+        and num_heads > 0
+        and num_heads // heads.num_kv_heads <= _MAX_GROUP
+        and (heads.window is not None or places.block_size % _KEYS_OF_A_TILE == 0)
+    )

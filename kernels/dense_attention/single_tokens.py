@@ -1,0 +1,379 @@
+"""One token of every sequence from its projections to finished heads: a decode step's attention.
+
+A program takes one sequence's query heads of one key-value head and a part of the keys; it turns
+its own queries, and the program whose part ends with the token turns and writes its K and V, too.
+The number of parts follows from the size of the batch, their length from what lies on the device.
+A second kernel adds the parts in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scission.kernels.dense_attention.head_tiles import (
+    add_keys,
+    load_turned,
+    normalized,
+    rounded_as,
+    store_heads,
+)
+from scission.kernels.dense_attention.heads import Heads, Turn
+from scission.kernels.linear.rows import QuantizedRows, Scaling
+from scission.kernels.places import Places
+from scission.kernels.target import Target
+
+BLOCK_M = 16  # what a dot takes at least: a group has 12 query heads at most
+_WANTED_PROGRAMS = 528  # four for each of 132 multiprocessors
+MAX_SPLITS = 32
+NUM_WARPS = 4
+LOG2_E = 1.4426950408889634
+KERNEL_DTYPE = torch.bfloat16
+# the interpreter multiplies bf16 as integers, and is given the other
+DTYPES = {KERNEL_DTYPE: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def single_tokens_kernel(
+    # tensors
+    qkv_ptr,
+    k_pool_ptr,
+    v_pool_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    rotation_ptr,
+    query_scale_ptr,
+    sink_ptr,
+    gate_ptr,
+    positions_ptr,
+    block_tables_ptr,
+    slots_ptr,
+    out_ptr,
+    scales_ptr,
+    sums_ptr,
+    # sizes, strides in elements, meta-parameters
+    eps,
+    scale,
+    window,
+    block_size,
+    num_kv_heads,
+    stride_qkv_token,
+    stride_tables_seq,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HAS_Q_NORM: tl.constexpr,
+    HAS_K_NORM: tl.constexpr,
+    HAS_QUERY_SCALE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    SCALING: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """One program, a part of one sequence's keys for the query heads of one key-value head.
+
+    With more than one split, out is [tokens, heads, splits, HEAD_DIM] float32, not normalised, and
+    sums is [tokens, heads, splits, 2]: the largest score and the sum of exponentials, 0 of parts
+    without a key, whose out stays unwritten. Else out and scales are those of `store_heads`.
+    """
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    token = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    position = tl.load(positions_ptr + token).to(tl.int32)
+
+    # the part's keys in positions: whole tiles, the token itself included
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(position + 1 - window, 0)
+    num_tiles = (position + BLOCK_N) // BLOCK_N - first // BLOCK_N
+    part = (num_tiles + NUM_SPLITS - 1) // NUM_SPLITS * BLOCK_N
+    low = first // BLOCK_N * BLOCK_N + split * part
+    high = tl.minimum(low + part, position + 1)
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, HEAD_DIM)
+    mask_m = offs_m < GROUP
+    num_heads = num_kv_heads * GROUP
+    heads = kv_head * GROUP + offs_m
+    row_ptr = qkv_ptr + token * stride_qkv_token
+    rotation_ptr += token * PAIRS * 2
+    q = load_turned(
+        row_ptr + heads * HEAD_DIM,
+        mask_m & (low < high),
+        q_weight_ptr,
+        rotation_ptr,
+        eps,
+        HEAD_DIM,
+        PAIRS,
+        HAS_Q_NORM,
+    )
+    if HAS_QUERY_SCALE:
+        q = rounded_as(q * tl.load(query_scale_ptr + token), dtype)
+    q = q.to(dtype)
+
+    largest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    values = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
+    stride_pool_row = num_kv_heads * HEAD_DIM
+    slot = tl.load(slots_ptr + token)
+    table_ptr = block_tables_ptr + token * stride_tables_seq
+    # read a step ahead, so that loads of keys do not wait for it; blocks hold whole tiles
+    block = tl.load(table_ptr + low // block_size, mask=low < high, other=0)
+    for start in tl.range(low, tl.minimum(high, position), BLOCK_N, num_stages=NUM_STAGES):
+        keys = start + offs_n
+        # the token's own row is not written yet
+        mask_n = keys < position
+        if HAS_WINDOW:
+            mask_n = mask_n & (keys >= first)
+            rows = slot * window + keys % window
+        else:
+            rows = block * block_size + start % block_size + offs_n
+            after = start + BLOCK_N
+            block = tl.load(table_ptr + after // block_size, mask=after < high, other=0)
+        offsets = rows[:, None] * stride_pool_row + kv_head * HEAD_DIM + offs_d[None, :]
+        k = tl.load(k_pool_ptr + offsets, mask=mask_n[:, None], other=0.0)
+        v = tl.load(v_pool_ptr + offsets, mask=mask_n[:, None], other=0.0)
+        largest, total, values = add_keys(
+            q, k, v, mask_n[None, :], scale, largest, total, values, True
+        )
+
+    if (low <= position) & (position < high):
+        # one row, in the shape that the queries have
+        mask_own = offs_m < 1
+        k_own = load_turned(
+            row_ptr + (num_heads + kv_head) * HEAD_DIM + offs_m * 0,
+            mask_own,
+            k_weight_ptr,
+            rotation_ptr,
+            eps,
+            HEAD_DIM,
+            PAIRS,
+            HAS_K_NORM,
+        )
+        k_own = tl.sum(k_own, axis=0)
+        v_own = tl.load(row_ptr + (num_heads + num_kv_heads + kv_head) * HEAD_DIM + offs_d)
+        if HAS_WINDOW:
+            row = slot * window + position % window
+        else:
+            own_block = tl.load(table_ptr + position // block_size)
+            row = own_block * block_size + position % block_size
+        offsets = row * stride_pool_row + kv_head * HEAD_DIM + offs_d
+        tl.store(k_pool_ptr + offsets, k_own.to(dtype))
+        tl.store(v_pool_ptr + offsets, v_own)
+        scores = tl.sum(q.to(tl.float32) * k_own[None, :], axis=1) * scale
+        new_largest = tl.maximum(largest, scores)
+        weights = tl.exp2(scores - new_largest)
+        fade = tl.exp2(largest - new_largest)
+        total = total * fade + weights
+        # weights are rounded as those of whole tiles are
+        weights = rounded_as(weights, dtype)
+        values = values * fade[:, None] + weights[:, None] * v_own.to(tl.float32)[None, :]
+        largest = new_largest
+
+    rows = token * num_heads + heads
+    if NUM_SPLITS > 1:
+        parts = rows * NUM_SPLITS + split
+        tl.store(sums_ptr + parts * 2, largest, mask=mask_m)
+        tl.store(sums_ptr + parts * 2 + 1, total, mask=mask_m)
+        outs = out_ptr + parts[:, None] * HEAD_DIM + offs_d[None, :]
+        tl.store(outs, values, mask=mask_m[:, None] & (low < high))
+    else:
+        values = normalized(largest, total, values, sink_ptr, heads, mask_m, HAS_SINK)
+        store_heads(
+            values,
+            rows,
+            mask_m,
+            out_ptr,
+            scales_ptr,
+            gate_ptr + rows,
+            HAS_GATE,
+            dtype,
+            SCALING,
+            HEAD_DIM,
+        )
+
+
+@triton.jit
+def add_parts_kernel(
+    # tensors
+    parts_ptr,
+    sums_ptr,
+    sink_ptr,
+    gate_ptr,
+    out_ptr,
+    scales_ptr,
+    # sizes, meta-parameters
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SCALING: tl.constexpr,
+):
+    """One program, one head of one token: its parts on one scale, finished by `store_heads`."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_s = tl.arange(0, NUM_SPLITS)
+    offs_d = tl.arange(0, HEAD_DIM)
+    parts = row * NUM_SPLITS + offs_s
+    largest = tl.load(sums_ptr + parts * 2)
+    totals = tl.load(sums_ptr + parts * 2 + 1)
+    has_keys = totals > 0.0
+    values = tl.load(
+        parts_ptr + parts[:, None] * HEAD_DIM + offs_d[None, :], mask=has_keys[:, None], other=0.0
+    )
+    shift = tl.max(largest, axis=0)
+    fades = tl.where(has_keys, tl.exp2(largest - shift), 0.0)
+    value = tl.sum(values * fades[:, None], axis=0)
+    total = tl.sum(totals * fades, axis=0)
+    one = tl.arange(0, 1)
+    value = normalized(
+        shift + tl.zeros([1], tl.float32),
+        total + tl.zeros([1], tl.float32),
+        value[None, :],
+        sink_ptr,
+        row % num_heads + one,
+        one < 1,
+        HAS_SINK,
+    )
+    store_heads(
+        value,
+        row + one,
+        one < 1,
+        out_ptr,
+        scales_ptr,
+        gate_ptr + row + one,
+        HAS_GATE,
+        DTYPE,
+        SCALING,
+        HEAD_DIM,
+    )
+
+
+def pick_splits(num_seqs: int, num_kv_heads: int) -> int:
+    """Over how many programs the keys of a sequence and a key-value head are divided: a power of
+    two."""
+    wanted = -(-_WANTED_PROGRAMS // max(num_seqs * num_kv_heads, 1))
+    return min(int(triton.next_power_of_2(wanted)), MAX_SPLITS)
+
+
+def block_n(target: Target) -> int:
+    """Keys of a step; 64 spill registers on gfx1201."""
+    return 32 if target.name == "gfx1201" else 64
+
+
+def num_stages(target: Target) -> int:
+    return 3 if target.has_ptx else 1
+
+
+def attend_single_tokens(
+    qkv: Tensor,
+    heads: Heads,
+    turn: Turn,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    places: Places,
+    gate: Tensor | None,
+    scaling: Scaling | None,
+    static_scale: Tensor | None,
+    target: Target,
+) -> Tensor | QuantizedRows:
+    """As `attend_heads`, of a batch that is single.
+
+    Args:
+        gate: contiguous.
+        scaling: None where heads have not 128 channels.
+    """
+    num_tokens, num_heads = qkv.shape[0], heads.num_heads(qkv)
+    head_dim, num_kv_heads = heads.head_dim, heads.num_kv_heads
+    num_splits = pick_splits(num_tokens, num_kv_heads)
+    out, scales = empty_heads(qkv, num_heads * head_dim, scaling, static_scale)
+    parts, sums = out, out
+    if num_splits > 1:
+        shape = (num_tokens, num_heads, num_splits)
+        parts = qkv.new_empty((*shape, head_dim), dtype=torch.float32)
+        sums = qkv.new_empty((*shape, 2), dtype=torch.float32)
+    pairs = turn.rotation.shape[1] if heads.has_rope else 0
+    unused = qkv
+    sink = heads.sink if heads.sink is not None else unused
+    gates = gate if gate is not None else unused
+    single_tokens_kernel[(num_tokens, num_kv_heads, num_splits)](
+        qkv,
+        k_pool,
+        v_pool,
+        heads.q_weight if heads.q_weight is not None else unused,
+        heads.k_weight if heads.k_weight is not None else unused,
+        torch.view_as_real(turn.rotation),
+        turn.query_scale if turn.query_scale is not None else unused,
+        sink,
+        gates,
+        places.positions,
+        places.block_tables,
+        places.slots,
+        parts,
+        scales,
+        sums,
+        heads.eps,
+        heads.scale * LOG2_E,
+        heads.window or 0,
+        places.block_size,
+        num_kv_heads,
+        qkv.stride(0),
+        places.block_tables.stride(0),
+        HEAD_DIM=head_dim,
+        GROUP=num_heads // num_kv_heads,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=block_n(target),
+        NUM_SPLITS=num_splits,
+        PAIRS=pairs,
+        HAS_Q_NORM=heads.q_weight is not None,
+        HAS_K_NORM=heads.k_weight is not None,
+        HAS_QUERY_SCALE=turn.query_scale is not None,
+        HAS_WINDOW=heads.window is not None,
+        HAS_SINK=heads.sink is not None and num_splits == 1,
+        HAS_GATE=gate is not None and num_splits == 1,
+        SCALING=scaling or "none",
+        NUM_STAGES=num_stages(target),
+        num_warps=NUM_WARPS,
+    )
+    if num_splits > 1:
+        add_parts_kernel[(num_tokens * num_heads,)](
+            parts,
+            sums,
+            sink,
+            gates,
+            out,
+            scales,
+            num_heads,
+            HEAD_DIM=head_dim,
+            NUM_SPLITS=num_splits,
+            HAS_SINK=heads.sink is not None,
+            HAS_GATE=gate is not None,
+            DTYPE=DTYPES[qkv.dtype],
+            SCALING=scaling or "none",
+            num_warps=add_warps(num_splits),
+        )
+    return out if scaling is None else QuantizedRows(values=None, codes=out, scales=scales)
+
+
+def add_warps(num_splits: int) -> int:
+    return 4 if num_splits > 4 else 1
+
+
+def empty_heads(
+    x: Tensor, width: int, scaling: Scaling | None, static_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Where finished heads go: rows, and scales of blocks of 128, the one scale, or nothing."""
+    if scaling is None:
+        out = x.new_empty(x.shape[0], width)
+        return out, out
+    codes = x.new_empty((x.shape[0], width), dtype=torch.float8_e4m3fn)
+    if static_scale is not None:
+        return codes, static_scale
+    return codes, x.new_empty((x.shape[0], width // 128), dtype=torch.float32)
