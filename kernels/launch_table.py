@@ -253,7 +253,7 @@ def _state(target: Target) -> Iterator[Launch]:
     """DeepSeek-V4's latents, compressors and rings."""
     for launch in (
         *latent_launches.launches(target),
-        *compressor_launches.launches(),
+        *compressor_launches.launches(target),
         *cache_launches.launches(),
     ):
         yield Launch(*launch)

@@ -91,10 +91,11 @@ def compress_(
         kv, score, ape, norm_weight, eps, block_rotation, ring_kv, ring_score, entries, ratio,
         rounding, places,
     )  # fmt: skip
-    if target_of(kv.device) is None or entries.dtype != torch.bfloat16:
+    target = target_of(kv.device)
+    if target is None or entries.dtype != torch.bfloat16:
         reference.compress_(*arguments)
         return
     # only where a kernel is launched is Triton needed
     from scission.kernels.compressor import compress
 
-    compress.compress_(*arguments)
+    compress.compress_(*arguments, target)

@@ -19,6 +19,7 @@ from scission.kernels.latents.tiles import (
     turn_pairs,
 )
 from scission.kernels.places import Places
+from scission.kernels.target import Target
 
 # a program looks for complete entries among so many tokens: one where there are few
 MAX_GROUP = 16
@@ -26,15 +27,9 @@ FEW_TOKENS = 512
 # rows of a ring that a program brings up to date
 STATE_ROWS = 4
 STATE_WARPS = 4
-MAX_ROWS = 16
-
-
-@triton.jit
-def _load_recent(fresh_ptrs, ring_ptrs, is_fresh, is_kept, other):
-    """A row of this step, or of the ring; each is read only where it is meant."""
-    fresh = tl.load(fresh_ptrs, mask=is_fresh, other=0.0)
-    kept = tl.load(ring_ptrs, mask=is_kept, other=other)
-    return tl.where(is_fresh, fresh, kept)
+# of a ring that are pooled at once, and how many such loads are under way
+MAX_ROWS = 8
+STAGES = 4
 
 
 @triton.jit
@@ -55,6 +50,7 @@ def _pool(
     RATIO: tl.constexpr,
     HALVES: tl.constexpr,
     ROWS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """The entry [1, PADDED] float32 that is complete with `token` at `position`: a running softmax
     over its rows, per channel, in an order that does not depend on what is fresh.
@@ -65,33 +61,25 @@ def _pool(
     largest = tl.full([1, PADDED], float("-inf"), tl.float32)
     total = tl.zeros([1, PADDED], tl.float32)
     weighted = tl.zeros([1, PADDED], tl.float32)
-    for first in range(0, size, ROWS):
+    for first in tl.range(0, size, ROWS, num_stages=NUM_STAGES):
         numbers = first + tl.arange(0, ROWS)[:, None]
         at = position - (size - 1) + numbers
         # the first half of a row serves the next block's entry, the second half its own
         columns = (numbers // RATIO) * WIDTH + offs
-        is_channel = offs < WIDTH
-        is_fresh = (at >= start) & (at >= 0) & is_channel
-        is_kept = (at < start) & (at >= 0) & is_channel
+        is_fresh = at >= start
         tokens = token - (size - 1) + numbers
         # positions before the begin have no row: any number will do
         kept = slot * size + tl.maximum(at, 0) % size
-        ape = tl.load(ape_ptr + (numbers % RATIO) * row + columns, mask=is_fresh, other=0.0)
-        score = _load_recent(
-            score_ptr + tokens * stride_score_token + columns,
-            ring_score_ptr + kept * row + columns,
-            is_fresh,
-            is_kept,
-            float("-inf"),
+        score_ptrs = tl.where(
+            is_fresh, score_ptr + tokens * stride_score_token, ring_score_ptr + kept * row
         )
-        score += ape
-        kv = _load_recent(
-            kv_ptr + tokens * stride_kv_token + columns,
-            ring_kv_ptr + kept * row + columns,
-            is_fresh,
-            is_kept,
-            0.0,
-        )
+        kv_ptrs = tl.where(is_fresh, kv_ptr + tokens * stride_kv_token, ring_kv_ptr + kept * row)
+        mask = (at >= 0) & (offs < WIDTH)
+        score = tl.load(score_ptrs + columns, mask=mask, other=float("-inf"))
+        kv = tl.load(kv_ptrs + columns, mask=mask, other=0.0)
+        # a ring's scores have it already
+        ape_ptrs = ape_ptr + (numbers % RATIO) * row + columns
+        score += tl.load(ape_ptrs, mask=is_fresh & mask, other=0.0)
         above = tl.maximum(largest, tl.max(score, axis=0)[None, :])
         # where all rows so far are before the begin
         reference = tl.where(above == float("-inf"), 0.0, above)
@@ -143,6 +131,7 @@ def compress_kernel(
     RATIO: tl.constexpr,
     HALVES: tl.constexpr,
     ROWS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     GROUP: tl.constexpr,
     ROUNDING: tl.constexpr,
     IS_SINGLE: tl.constexpr,
@@ -179,6 +168,7 @@ def compress_kernel(
             RATIO,
             HALVES,
             ROWS,
+            NUM_STAGES,
         )
         channels = tl.arange(0, PADDED)
         is_channel = channels < WIDTH
@@ -273,6 +263,7 @@ def compress_(
     ratio: int,
     rounding: Literal["kv", "index"] | None,
     places: Places,
+    target: Target,
 ) -> None:
     num_tokens, row = kv.shape
     width = entries.shape[1]
@@ -308,6 +299,7 @@ def compress_(
         RATIO=ratio,
         HALVES=row // width,
         ROWS=rows_at_once(size),
+        NUM_STAGES=target.num_stages(STAGES),
         GROUP=group,
         ROUNDING=rounding or "",
         IS_SINGLE=places.is_single,
@@ -348,4 +340,7 @@ def rows_at_once(size: int) -> int:
 
 
 def num_warps(width: int) -> int:
-    return 8 if width > 128 else 4
+    """So many that a thread has four channels of all rows that are pooled at once: other counts
+    add up across warps, at twice the time.
+    """
+    return max(1, min(4, width // 128))

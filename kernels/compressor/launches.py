@@ -5,13 +5,14 @@ from typing import Any
 
 from scission.kernels.cache.launches import WRITERS
 from scission.kernels.compressor import compress
+from scission.kernels.target import Target
 
 ROPE_DIM = 64
 # ratio, halves of a row, width, rounding: DeepSeek-V4's compressors
 COMPRESSORS = ((4, 2, 512, "kv"), (4, 2, 128, "index"), (128, 1, 512, "kv"))
 
 
-def launches() -> Iterator[tuple[Any, Mapping[str, str], Mapping[str, Any], int]]:
+def launches(target: Target) -> Iterator[tuple[Any, Mapping[str, str], Mapping[str, Any], int]]:
     """Kernel, types, constants and warps of each."""
     inputs = {f"{name}_ptr": "*fp32" for name in ("kv", "score", "ape")}
     rings = {"ring_kv_ptr": "*fp32", "ring_score_ptr": "*fp32"}
@@ -36,6 +37,7 @@ def launches() -> Iterator[tuple[Any, Mapping[str, str], Mapping[str, Any], int]
                     "RATIO": ratio,
                     "HALVES": halves,
                     "ROWS": compress.rows_at_once(size),
+                    "NUM_STAGES": target.num_stages(compress.STAGES),
                     "GROUP": compress.tokens_of_group(ratio, num_tokens, is_single=is_single),
                     "ROUNDING": rounding,
                     "IS_SINGLE": is_single,

@@ -19,7 +19,7 @@ from scission.kernels.places import Places
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.rounding import quantize_blocks
 
-NUM_WARPS = 4
+NUM_WARPS = 2
 
 
 @triton.jit

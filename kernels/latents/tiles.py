@@ -92,11 +92,9 @@ def round_kv_row(x, WIDTH: tl.constexpr, ROPE_DIM: tl.constexpr):
 
 @triton.jit
 def signs(SIZE: tl.constexpr):
-    """[SIZE, SIZE] float32: the Hadamard matrix in natural order, 1 and -1."""
+    """[SIZE, SIZE] float32, SIZE at most 256: the Hadamard matrix in natural order, 1 and -1."""
     bits = tl.arange(0, SIZE)[:, None] & tl.arange(0, SIZE)[None, :]
-    # the parity of common bits
-    bits ^= bits >> 8
-    bits ^= bits >> 4
-    bits ^= bits >> 2
-    bits ^= bits >> 1
-    return (1 - 2 * (bits & 1)).to(tl.float32)
+    # bit i of the constant is the parity of i
+    is_odd = (0x6996 >> ((bits ^ (bits >> 4)) & 15)) & 1
+    # the bits of 1, and of its sign
+    return ((is_odd << 31) | 0x3F800000).to(tl.float32, bitcast=True)

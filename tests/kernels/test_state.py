@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from scission.kernels.latents import (
 from scission.kernels.latents import reference as latents_reference
 from scission.kernels.places import Places
 from scission.kernels.rope import rotations
-from scission.kernels.target import Target
+from scission.kernels.target import TARGETS, Target, target_of
 from scission.kernels.testing import relative_error
 
 # a value of bf16 that lies between two may be rounded to either: 2 ** -8 of it
@@ -209,6 +209,11 @@ def test_index_queries_equal_their_definition(
     assert torch.equal(q, before)
 
 
+def by_kernel(*arguments: Any) -> None:
+    device = arguments[0].device
+    compress.compress_(*arguments, target_of(device) or TARGETS[0])
+
+
 @dataclass
 class Compression:
     """A compressor's step over NaN: only rows that a sequence owns hold numbers."""
@@ -288,7 +293,7 @@ def test_a_compressors_step_equals_its_definition(
     expected = compression(pools, ratio, width, rope_dim, rounding)
     actual = expected.copy()
     expected.run(compressor_reference.compress_, pools.places)
-    actual.run(compress.compress_, pools.places)
+    actual.run(by_kernel, pools.places)
     close(actual.entries, expected.entries, FP4 if rounding == "index" else FP8)
     # rows that the chunk does not write stay NaN in both; padding writes nothing
     assert same(actual.ring_kv, expected.ring_kv)
@@ -314,7 +319,7 @@ def test_any_cut_of_a_prompt_gives_the_same_entries_and_rings(kernel_device: tor
             Compression(
                 whole.kv[part], whole.score[part], whole.ape, whole.weight, whole.rotation[part],
                 whole.ring_kv, whole.ring_score, whole.entries, 4, "kv",
-            ).run(compress.compress_, places)  # fmt: skip
+            ).run(by_kernel, places)  # fmt: skip
         results.append((whole.entries, whole.ring_kv, whole.ring_score))
     for result in results[1:]:
         assert all(same(one, other) for one, other in zip(result, results[0], strict=True))
@@ -427,7 +432,7 @@ def test_a_compressors_step_equals_its_definition_at_real_shapes(
     expected = compression(pools, ratio, width, 64, rounding)
     actual = expected.copy()
     expected.run(compressor_reference.compress_, pools.places)
-    actual.run(compress.compress_, pools.places)
+    actual.run(by_kernel, pools.places)
     close(actual.entries, expected.entries, FP4 if rounding == "index" else FP8)
     assert same(actual.ring_kv, expected.ring_kv)
     assert same(actual.ring_score, expected.ring_score)
@@ -451,7 +456,7 @@ def test_captured_state_kernels_replay_the_eager_ones_bit_for_bit(batch: str) ->
     def run(steps: list[Compression], ring: Tensor) -> list[Tensor]:
         rows, kv = norm_latents(x, *weights, EPS, rotation, True, ring, 128, places)
         for step in steps:
-            step.run(compress.compress_, places)
+            step.run(by_kernel, places)
         write_rows.write_ring_(ring, kv, 128, places)
         turned = turn_heads_(queries.clone(), EPS, rotation)
         index = index_queries(queries[..., :128], rotation, True)
