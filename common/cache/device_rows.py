@@ -4,6 +4,7 @@ Copies have streams of their own: steps wait for none of them. Host memory shoul
 (`pinned_bytes`, `pin`): then a copy is the device's own work at the speed of its bus.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -82,14 +83,17 @@ def pinned_bytes(count: int) -> Bytes:
 
 
 def pin(memory: Bytes) -> None:
-    """Make host memory that exists already, a mapped file's say, such memory.
+    """Make host memory that exists already, a mapped file of a tmpfs say, such memory.
 
     Raises:
-        RuntimeError: the device's driver refuses.
+        RuntimeError: the device's driver refuses, as it does files on disks.
     """
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     code = runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
     if int(code) != 0:
+        # the runtime hands the error to whoever launches next: take it here
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device="cuda")
         raise RuntimeError(f"{memory.nbytes} bytes of host memory were not pinned: error {code}")
 
 
