@@ -28,7 +28,6 @@ NARROW_WARPS = 8
 # thirds of the range between two floats, then of that between their bits, which ends
 _FLOAT_STEPS: tl.constexpr = tl.constexpr(12)
 _SCAN_BLOCK: tl.constexpr = tl.constexpr(2048)
-_NAN: tl.constexpr = tl.constexpr(float("nan"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +218,7 @@ def narrow_kernel(
             total = _list_candidates(candidates_ptr, x, threshold, start + offs, total, capacity)
         if end_whole < end:
             columns = end_whole + offs
-            x = tl.load(scores_ptr + columns, mask=columns < end, other=_NAN)
+            x = tl.load(scores_ptr + columns, mask=columns < end, other=float("nan"))
             total = _list_candidates(candidates_ptr, x, threshold, columns, total, capacity)
         tl.store(counts_ptr + row * num_parts + part, total)
 
@@ -345,7 +344,7 @@ def select_kernel(
                     LOG_PARTS,
                 )
         if (count >= k) & (count <= SIZE):
-            x = tl.load(scores_ptr + columns, mask=offs < count, other=_NAN)
+            x = tl.load(scores_ptr + columns, mask=offs < count, other=float("nan"))
             threshold, num_equal = _threshold(x, count, k, 0)
             is_pick, places = _places_of_picks(x > threshold, x == threshold, num_equal)
             _store_picks(out_ptr, places, columns, is_pick, tables_ptr, ROWS_PER_BLOCK)
