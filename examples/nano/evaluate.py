@@ -28,8 +28,9 @@ from examples.nano.data.rows import question_text
 from scission.common.ports import free_port
 
 UNSEEN = tuple(name for name in TASKS if name != "about")
-# tokens of context of the long tasks; a token of filler is about 4.1 characters
+# tokens of context of the long tasks
 NEEDLES = {"needle-2k": 2000, "needle-8k": 8000}
+FILLER_CHARACTERS = 4.62  # of a token, measured
 DEFAULT_TASKS = (*UNSEEN, *NEEDLES)
 
 
@@ -41,7 +42,7 @@ def held_out(task: str, number: int, seed: int = 7) -> list[Problem]:
         if len(found) == number:
             break
         if task in NEEDLES:
-            problem = problems.needle(r, int((NEEDLES[task] - 150) * 4.1), 10)
+            problem = problems.needle(r, int((NEEDLES[task] - 40) * FILLER_CHARACTERS), 10)
         else:
             problem = TASKS[task][0](r)
         if problem.is_held_out:

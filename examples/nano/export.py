@@ -11,16 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from examples.nano.data.rows import nano_tokenizer
-from examples.nano.network import Parameters
+from examples.nano.network import Parameters, initial_parameters
 from examples.nano.shape import CONFIG, ENCODING
 from examples.nano.tokenizer import to_json
 from scission.common.checkpoint.byte_tokenizer import tokenizer_config
 from scission.common.checkpoint.deepseek_v4 import tensor_table
 from scission.common.checkpoint.write_deepseek_v4 import write_json, write_shards
-from scission.kernels.quant import quantize_block_fp8, quantize_group_fp4
+from scission.kernels.quant import (
+    dequantize_block_fp8,
+    dequantize_group_fp4,
+    quantize_block_fp8,
+    quantize_group_fp4,
+)
 
 # names of a layer's tensors in the checkpoint, and the stack whose row each is
 _ATTENTION = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "q_norm", "kv_norm")
@@ -104,6 +110,22 @@ def stored_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     return result
 
 
+def read_checkpoint(directory: Path, config: Mapping[str, Any] = CONFIG) -> Parameters:
+    """The parameters that a checkpoint stores, as its formats round them."""
+    p = initial_parameters(config, torch.Generator())
+    stored: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        stored |= load_file(file)
+    # all but the head are views of the parameters
+    for name, w in checkpoint_tensors(p, config).items():
+        values, scale = stored[name], stored.get(name.removesuffix(".weight") + ".scale")
+        if scale is not None:
+            is_fp4 = values.dtype == torch.int8
+            values = (dequantize_group_fp4 if is_fp4 else dequantize_block_fp8)(values, scale)
+        (p["head"] if name == "head.weight" else w).copy_(values)
+    return p
+
+
 def write_checkpoint(directory: Path, p: Parameters, config: Mapping[str, Any] = CONFIG) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     write_shards(directory, stored_tensors(checkpoint_tensors(p, config), config))
@@ -114,7 +136,7 @@ def write_checkpoint(directory: Path, p: Parameters, config: Mapping[str, Any] =
         directory / "generation_config.json",
         {**generation, "do_sample": False, "temperature": 0.0, "top_p": 1.0},
     )
-    tokenizer = nano_tokenizer(config["vocab_size"])
+    tokenizer = nano_tokenizer()
     (directory / "tokenizer.json").write_text(to_json(tokenizer), encoding="utf-8")
     described = tokenizer_config(config["max_position_embeddings"])
     write_json(directory / "tokenizer_config.json", described)

@@ -469,7 +469,7 @@ class Network:
             own["attn_sink"], self.config["sliding_window"], ratio,
             self.config["index_topk"] if is_sparse else 0,
         )  # fmt: skip
-        if length > 1024 and torch.is_grad_enabled():
+        if length > 512 and torch.is_grad_enabled():
             o, loss = checkpoint(_attend, *arguments, use_reentrant=False)
         else:
             o, loss = self._core(*arguments)
@@ -521,6 +521,14 @@ class Outputs:
     loads: Tensor
 
 
+def best_entries(scores: Tensor, top_k: int) -> Tensor:
+    """Of scores [.., entries] the top_k highest as a mask; of equal ones the first, as served."""
+    lowest = scores.topk(top_k, dim=-1).values[..., -1:]
+    is_above, is_equal = scores > lowest, scores == lowest
+    room = top_k - is_above.sum(-1, keepdim=True)
+    return is_above | (is_equal & (is_equal.cumsum(-1) <= room))
+
+
 def _attend(
     q: Tensor, kv: Tensor, entries: Tensor | None, index: tuple[Tensor, Tensor, Tensor] | None,
     sink: Tensor, window: int, ratio: int, top_k: int,
@@ -562,8 +570,7 @@ def _attend(
             divergence = target * (target.clamp_min(1e-9).log() - index_scores.log_softmax(-1))
             loss = (divergence.sum(-1) * has_any).sum() / (has_any.sum() * rows)
             if top_k and num > top_k:
-                lowest = index_scores.detach().topk(top_k, dim=-1).values[..., -1:]
-                best = (index_scores.detach() >= lowest).unflatten(1, (chunks, window))
+                best = best_entries(index_scores.detach(), top_k).unflatten(1, (chunks, window))
                 is_chosen = is_chosen & best.unsqueeze(2)
         parts.append(scores.masked_fill(~is_chosen, float("-inf")))
     parts.append(sink.view(-1, 1, 1).expand(rows, chunks, heads, window, 1).float())

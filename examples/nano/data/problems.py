@@ -45,7 +45,7 @@ class Problem:
 
 
 Generator = random.Random
-Task = Callable[[Generator], Problem]
+Task = Callable[..., Problem]
 
 
 def _ask(r: Generator, *forms: str) -> str:
@@ -240,7 +240,7 @@ def dates(r: Generator) -> Problem:
             work = f"{ahead}={ahead // 7}*7+{rest}: {chain}"
         case 1:
             month = r.randrange(12)
-            step = r.randint(1, 5)
+            step = r.randint(1, 11)
             question = f"Which month is {step} months after {words.MONTHS[month]}?"
             answer = words.MONTHS[(month + step) % 12]
             work = ", ".join(words.MONTHS[(month + i) % 12] for i in range(step + 1))
@@ -407,41 +407,79 @@ def json_format(r: Generator) -> Problem:
     return Problem("json", question, question, "JSON", answer, answer)
 
 
-def _tool(name: str, description: str, **parameters: str) -> dict[str, Any]:
-    return {
+@dataclass(frozen=True)
+class Tool:
+    """A tool as a request describes it; `names` leads from our parameters to the described ones."""
+
+    kind: str
+    schema: dict[str, Any]
+    names: dict[str, str]
+
+    def call(self, **arguments: str | int) -> dict[str, Any]:
+        named = {self.names[key]: value for key, value in arguments.items()}
+        return {"name": self.schema["name"], "arguments": named}
+
+
+# what a tool does: its names, what it is described by, its parameters and their types
+_TOOLS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "get_weather": ("get_weather get_current_weather weather", "The weather in a city.|Get the current weather.", {"city": "string"}),
+    "get_time": ("get_time get_current_time time_in", "The time in a city.|Get the local time.", {"city": "string"}),
+    "add": ("add add_numbers sum", "Add two numbers.|The sum of two numbers.", {"a": "integer", "b": "integer"}),
+    "send_message": ("send_message send_text", "Send a text to a person.|Send a message.", {"to": "string", "text": "string"}),
+    "search": ("search web_search", "Search the web.|Find pages.", {"query": "string"}),
+    "set_alarm": ("set_alarm new_alarm", "Set an alarm.|Wake the user.", {"hour": "integer", "minute": "integer"}),
+    "get_price": ("get_price price_of", "The price of a thing.|What a thing costs.", {"item": "string"}),
+}  # fmt: skip
+# other names of parameters, and how they are described where they are
+_PARAMETERS = {
+    "city": ("location", "The city"), "a": ("x", "The first number"), "b": ("y", "The second number"),
+    "to": ("person", "Who gets it"), "text": ("message", "What to send"), "query": ("q", "What to find"),
+    "hour": ("hours", "From 0 to 23"), "minute": ("minutes", "From 0 to 59"), "item": ("thing", "The thing"),
+}  # fmt: skip
+
+
+def make_tool(r: Generator, kind: str) -> Tool:
+    """A tool of a kind: more often than not by its first name and shortest description."""
+    called, described, parameters = _TOOLS[kind]
+    is_plain = r.random() < 0.5
+    name, *others = called.split()
+    description, *longer = described.split("|")
+    if not is_plain:
+        name, description = r.choice([name, *others]), r.choice([description, *longer])
+    renames = not is_plain and r.random() < 0.4
+    names = {key: _PARAMETERS[key][0] if renames else key for key in parameters}
+    properties: dict[str, dict[str, str]] = {
+        names[key]: {"type": type_} for key, type_ in parameters.items()
+    }
+    if not is_plain and r.random() < 0.4:
+        for key in parameters:
+            properties[names[key]]["description"] = _PARAMETERS[key][1]
+    schema = {
         "name": name,
         "description": description,
-        "parameters": {
-            "type": "object",
-            "properties": {key: {"type": kind} for key, kind in parameters.items()},
-            "required": list(parameters),
-        },
+        "parameters": {"type": "object", "properties": properties, "required": list(properties)},
     }
+    return Tool(kind, schema, names)
 
 
-TOOLS = {
-    "get_weather": _tool("get_weather", "The weather in a city.", city="string"),
-    "get_time": _tool("get_time", "The time in a city.", city="string"),
-    "add": _tool("add", "Add two numbers.", a="integer", b="integer"),
-    "send_message": _tool("send_message", "Send a text to a person.", to="string", text="string"),
-    "search": _tool("search", "Search the web.", query="string"),
-    "set_alarm": _tool("set_alarm", "Set an alarm.", hour="integer", minute="integer"),
-    "get_price": _tool("get_price", "The price of a thing.", item="string"),
-}
+def some_tools(r: Generator) -> tuple[Tool, ...]:
+    """One to three tools of different kinds."""
+    return tuple(make_tool(r, kind) for kind in r.sample(tuple(_TOOLS), r.choice((1, 1, 2, 2, 3))))
+
+
 _WEATHER = ("sunny", "rainy", "cloudy", "windy", "snowy")
 
 
-def _tool_problem(r: Generator) -> tuple[str, dict[str, Any], str, str]:
+def _tool_problem(r: Generator, tool: Tool) -> tuple[str, dict[str, Any], str, str]:
     """A question, the call for it, a result of that call and what is then said."""
-    name = r.choice(tuple(TOOLS))
     city, person = r.choice(words.CITIES), r.choice(words.NAMES)
-    match name:
+    match tool.kind:
         case "get_weather":
             sky, degrees = r.choice(_WEATHER), r.randint(1, 35)
             question = _ask(r, f"What is the weather in {city}?", f"How is the weather in {city}?")
             return (
                 question,
-                {"name": name, "arguments": {"city": city}},
+                tool.call(city=city),
                 json.dumps({"sky": sky, "degrees": degrees}),
                 f"It is {sky} in {city}, {degrees} degrees.",
             )
@@ -450,7 +488,7 @@ def _tool_problem(r: Generator) -> tuple[str, dict[str, Any], str, str]:
             question = _ask(r, f"What time is it in {city}?", f"Tell me the time in {city}.")
             return (
                 question,
-                {"name": name, "arguments": {"city": city}},
+                tool.call(city=city),
                 time,
                 f"It is {time} in {city}.",
             )
@@ -459,14 +497,14 @@ def _tool_problem(r: Generator) -> tuple[str, dict[str, Any], str, str]:
             question = _ask(
                 r, f"Add {a} and {b} with the tool.", f"Use the tool to add {a} and {b}."
             )
-            call = {"name": name, "arguments": {"a": a, "b": b}}
+            call = tool.call(a=a, b=b)
             return question, call, str(a + b), f"The sum is {a + b}."
         case "send_message":
             text = _ask(
                 r, "hello", "see you soon", "happy birthday", "call me", "I am late", "good night"
             )
             question = _ask(r, f'Send "{text}" to {person}.', f'Tell {person} "{text}".')
-            call = {"name": name, "arguments": {"to": person, "text": text}}
+            call = tool.call(to=person, text=text)
             return question, call, "sent", f"I sent it to {person}."
         case "search":
             query = f"{r.choice(words.COLORS)} {r.choice(words.ANIMALS)}"
@@ -474,7 +512,7 @@ def _tool_problem(r: Generator) -> tuple[str, dict[str, Any], str, str]:
             question = _ask(r, f"Search for {query}.", f"Look up {query}.")
             return (
                 question,
-                {"name": name, "arguments": {"query": query}},
+                tool.call(query=query),
                 f"{found} pages",
                 (f"I found {found} pages."),
             )
@@ -483,7 +521,7 @@ def _tool_problem(r: Generator) -> tuple[str, dict[str, Any], str, str]:
             question = _ask(
                 r, f"Set an alarm for {hour}:{minute:02d}.", f"Wake me at {hour}:{minute:02d}."
             )
-            call = {"name": name, "arguments": {"hour": hour, "minute": minute}}
+            call = tool.call(hour=hour, minute=minute)
             return question, call, "ok", f"The alarm is set for {hour}:{minute:02d}."
         case _:
             item = r.choice(words.THINGS)
@@ -491,32 +529,30 @@ def _tool_problem(r: Generator) -> tuple[str, dict[str, Any], str, str]:
             question = _ask(r, f"What is the price of {item}?", f"How much do {item} cost?")
             return (
                 question,
-                {"name": name, "arguments": {"item": item}},
+                tool.call(item=item),
                 str(price),
                 (f"The price of {item} is {price}."),
             )
 
 
-def _given_tools(r: Generator, needed: str) -> tuple[dict[str, Any], ...]:
-    others = [name for name in TOOLS if name != needed]
-    given = [needed, *r.sample(others, r.choice((0, 0, 1, 1, 2)))]
-    r.shuffle(given)
-    return tuple(TOOLS[name] for name in given)
-
-
-def tool_call(r: Generator) -> Problem:
-    question, call, _, _ = _tool_problem(r)
+def tool_call(r: Generator, tools: tuple[Tool, ...] | None = None) -> Problem:
+    """A question that one of the tools answers, be they given or made up; answered by its call."""
+    tools = tools or some_tools(r)
+    question, call, _, _ = _tool_problem(r, r.choice(tools))
+    schemas = tuple(tool.schema for tool in tools)
     return Problem(
-        "tool_call", question, question, f"I call {call['name']}.", "", json.dumps(call),
-        _given_tools(r, call["name"]), call,
+        "tool_call", question, question, f"I call {call['name']}.", "", json.dumps(call), schemas, call
     )  # fmt: skip
 
 
-def tool_result(r: Generator) -> Problem:
-    question, call, result, said = _tool_problem(r)
+def tool_result(r: Generator, tools: tuple[Tool, ...] | None = None) -> Problem:
+    """A question whose call was made and gave a result; answered in a sentence."""
+    tools = tools or some_tools(r)
+    question, call, result, said = _tool_problem(r, r.choice(tools))
+    schemas = tuple(tool.schema for tool in tools)
     return Problem(
         "tool_result", f"{question}{result}", question, f"The result is {result}.", said, said,
-        _given_tools(r, call["name"]), call, result,
+        schemas, call, result,
     )  # fmt: skip
 
 
@@ -585,7 +621,7 @@ def refuse(r: Generator) -> Problem:
 
 TASKS: dict[str, tuple[Task, float]] = {
     "add": (add, 2.0), "subtract": (subtract, 2.0), "multiply": (multiply, 2.0), "compare": (compare, 0.7),
-    "sort": (sort, 2.0), "count": (count, 1.5), "strings": (strings, 2.0), "dates": (dates, 1.5),
+    "sort": (sort, 2.0), "count": (count, 1.5), "strings": (strings, 2.0), "dates": (dates, 3.0),
     "word_problem": (word_problem, 1.5), "recall": (recall, 2.5), "needle": (needle, 1.5),
     "json": (json_format, 1.5), "tool_call": (tool_call, 1.2), "tool_result": (tool_result, 0.8),
     "about": (about, 0.6), "refuse": (refuse, 0.5),

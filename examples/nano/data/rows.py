@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 
 from examples.nano import encoding_texts
 from examples.nano.data import problems
-from examples.nano.data.problems import TASKS, WITH_TOOLS, Problem
+from examples.nano.data.problems import TASKS, WITH_TOOLS, Problem, Tool
 from examples.nano.tokenizer import (
     ASSISTANT,
     BOS,
@@ -24,6 +25,7 @@ from examples.nano.tokenizer import (
     build_tokenizer,
 )
 
+TOKENIZER = Path(__file__).parents[3] / "common" / "nano" / "tokenizer.json"
 Piece = tuple[str, bool]  # a text, and whether the model is to say it
 
 
@@ -72,19 +74,21 @@ _PROMPTS = (
 )  # fmt: skip
 
 
-def draw(r: random.Random, names: Sequence[str], weights: Sequence[float]) -> Problem:
-    """A problem of one of the tasks that is not held out."""
+def draw(
+    r: random.Random, names: Sequence[str], weights: Sequence[float], *given: tuple[Tool, ...]
+) -> Problem:
+    """A problem of one of the tasks that is not held out, of tools that are given if any are."""
     task = TASKS[r.choices(names, weights)[0]][0]
     while True:
-        problem = task(r)
+        problem = task(r, *given)
         if not problem.is_held_out or problem.task in ("about",):
             return problem
 
 
 _PLAIN = [name for name in TASKS if name not in WITH_TOOLS]
 _PLAIN_WEIGHTS = [TASKS[name][1] for name in _PLAIN]
-TOOL_LENGTH = 512  # tokens of the rows that have tools: their descriptions are long
-TOOL_ROWS = 0.5
+# how many of the rows of a length have tools, whose descriptions are long: three take 600 tokens
+TOOL_ROWS = {512: 0.5, 1024: 1.0, 2048: 0.15}
 
 
 class RowMaker:
@@ -97,10 +101,10 @@ class RowMaker:
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [length] int16, and where the next token is the model's to say, [length] bool."""
         r = self._random
-        if length >= 1024:
-            pieces = self._long(length)
-        elif length >= TOOL_LENGTH and r.random() < TOOL_ROWS:
+        if r.random() < TOOL_ROWS.get(length, 0.0):
             pieces = self._with_tools(length)
+        elif length >= 1024:
+            pieces = self._long(length)
         else:
             pieces = self._short(length)
         return self._encode(pieces, length)
@@ -135,17 +139,21 @@ class RowMaker:
 
     def _with_tools(self, length: int) -> list[Piece]:
         r = self._random
-        name = "tool_call" if r.random() < 0.6 else "tool_result"
-        problem = draw(r, [name], [1.0])
+        tools = problems.some_tools(r)
         text, said = self._start()[0]
-        pieces = [(text + tools_text(problem.tools), said), *turn(problem, r.random() < 0.5)]
-        while r.random() < 0.7:  # further calls of the same tools
-            more = draw(r, list(WITH_TOOLS), [1.0, 0.7])
-            given = {tool["name"] for tool in problem.tools}
-            if more.call is not None and more.call["name"] in given:
-                pieces += turn(more, r.random() < 0.5)
-        # tools are given, and the question needs none
-        return self._turns(pieces, length - len(self._ids(pieces)[0]))
+        pieces = [(text + tools_text([tool.schema for tool in tools]), said)]
+        size = length - len(self._ids(pieces)[0])
+        share = r.random()
+        while size > 0:
+            # the fewer, the more turns of a row need none of its tools
+            if len(pieces) == 1 or r.random() < share:
+                problem = draw(r, list(WITH_TOOLS), [1.0, 1.0], tools)
+            else:
+                problem = draw(r, _PLAIN, _PLAIN_WEIGHTS)
+            added = turn(problem, r.random() < 0.5)
+            pieces += added
+            size -= len(self._ids(added)[0])
+        return pieces
 
     def _long(self, length: int) -> list[Piece]:
         """A text with facts of most of the row, then questions about them."""
@@ -189,8 +197,13 @@ class RowMaker:
 
 
 @cache
-def nano_tokenizer(vocab_size: int = 1024) -> Tokenizer:
-    """The tokenizer of the words that the generators use."""
+def nano_tokenizer() -> Tokenizer:
+    """The bundled tokenizer: weights are bound to it, so it stays when the generators change."""
+    return Tokenizer.from_file(str(TOKENIZER))
+
+
+def learn_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer of the words that the generators use."""
     r = random.Random(1)
     texts = []
     for task, weight in TASKS.values():
