@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from examples.nano.export import PAD_ID, checkpoint_tensors, write_checkpoint
+from examples.nano.data.rows import RowMaker, nano_tokenizer
+from examples.nano.export import PAD_ID, checkpoint_tensors, read_checkpoint, write_checkpoint
 from examples.nano.network import (
     Network,
     Parameters,
@@ -20,6 +21,8 @@ from examples.nano.network import (
 from examples.nano.shape import CONFIG
 from scission.common.checkpoint.deepseek_v4 import tensor_table
 from scission.common.model.batch import SequenceChunk, build_batch
+from scission.common.model.deepseek_v4 import DeepseekV4
+from scission.common.model_source import BUNDLED
 from scission.kernels.quant import (
     dequantize_block_fp8,
     dequantize_group_fp4,
@@ -28,7 +31,7 @@ from scission.kernels.quant import (
     round_trip_fp4,
     round_trip_fp8,
 )
-from tests.one_process import OneProcess, load_deployed, load_exact
+from tests.one_process import CPU, OneProcess, load_deployed, load_exact
 
 LENGTH = 384  # more entries than the indexer keeps
 
@@ -66,22 +69,21 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Parameters]
 
 def served(process: OneProcess, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of every position, and of the draft layer."""
-    sequence = process.new_sequence()
     model = process.loaded.model
-    chunk = SequenceChunk(ids, 0, sequence.block_ids, sequence.slot, "all")
+    assert isinstance(model, DeepseekV4)
+    sequence = process.new_sequence()
+    logits = process.step([(sequence, ids)], logits="all")
     with torch.inference_mode():
-        batch = build_batch([chunk], torch.device("cpu"))
-        streams = model.run_layers(batch, process.storage)  # type: ignore[attr-defined]
-        logits = model._logits(streams)  # type: ignore[attr-defined]
+        process.storage.reset_slot(sequence.slot)
+        chunk = SequenceChunk(ids, 0, sequence.block_ids, sequence.slot, "all")
+        streams = model.run_layers(build_batch([chunk], CPU), process.storage)
         following = SequenceChunk([*ids[1:], ids[0]], 0, sequence.block_ids, sequence.slot, "all")
-        draft = model.draft_logits(  # type: ignore[attr-defined]
-            streams, build_batch([following], torch.device("cpu"))
-        )
+        draft = model.draft_logits(streams, build_batch([following], CPU))
     return logits, draft
 
 
 def trained(p: Parameters, ids: list[int], *, rounds: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    net = Network(CONFIG, Roundings(torch.float32, activations=rounds), torch.device("cpu"))
+    net = Network(CONFIG, Roundings(torch.float32, activations=rounds), CPU)
     with torch.no_grad():
         weights = rounded_weights(p, net.roundings)
         out = net(weights, torch.tensor([ids]), is_sparse=True)
@@ -89,9 +91,13 @@ def trained(p: Parameters, ids: list[int], *, rounds: bool) -> tuple[torch.Tenso
         return F.linear(out.state, p["head"]), F.linear(out.draft, p["head"])
 
 
-def random_ids() -> list[int]:
-    generator = torch.Generator().manual_seed(9)
-    return torch.randint(3, 900, (LENGTH,), generator=generator).tolist()
+def random_ids(seed: int = 9, length: int = LENGTH) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 900, (length,), generator=generator).tolist()
+
+
+def relative_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a - b).norm(dim=-1) / b.norm(dim=-1)
 
 
 def test_the_trained_network_gives_the_served_models_logits(
@@ -102,22 +108,38 @@ def test_the_trained_network_gives_the_served_models_logits(
     logits, draft = served(OneProcess(load_exact(folder)), ids)
     own_logits, own_draft = trained(p, ids, rounds=False)
     for own, other in ((own_logits, logits), (own_draft, draft)):
-        distances = (own - other).abs().amax(-1) / other.abs().max()
-        # up to here every entry is attended to
-        assert distances[:256].max() < 1e-4
-        # equal index scores (zeros among them) may be chosen otherwise at the boundary of the best
-        assert distances[256:].median() < 1e-3
+        # past position 255 the indexer chooses, of equal scores (zeros among them) the first
+        assert relative_distances(own, other).max() < 1e-4
 
 
 def test_rounded_activations_are_the_deployed_numerics(written: tuple[Path, Parameters]) -> None:
     folder, p = written
-    ids = random_ids()
-    exact, _ = served(OneProcess(load_exact(folder)), ids)
-    logits, _ = served(OneProcess(load_deployed(folder)), ids)
-    own_logits, _ = trained(p, ids, rounds=True)
-    # a value on a rounding boundary may fall to either side, which a random model amplifies
-    distance = (own_logits - logits).norm() / logits.norm()
-    assert distance < 0.5 * (exact - logits).norm() / logits.norm()
+    near, far, num_leading = [], [], []
+    for seed in (9, 10, 11):
+        ids = random_ids(seed)
+        exact, _ = served(OneProcess(load_exact(folder)), ids)
+        logits, _ = served(OneProcess(load_deployed(folder)), ids)
+        own_logits, _ = trained(p, ids, rounds=True)
+        near.append(relative_distances(own_logits, logits))
+        far.append(relative_distances(exact, logits))
+        num_leading.append(int((near[-1] < 1e-5).int().cumprod(0).sum()))
+    # equal until a value on a rounding boundary falls to the other side, for sums are taken in
+    # another order; a random model amplifies that from there on
+    assert min(num_leading) >= 12
+    assert torch.cat(near).median() < 0.3 * torch.cat(far).median()
+
+
+def test_the_bundled_model_answers_in_training_as_it_does_served() -> None:
+    p = read_checkpoint(BUNDLED)
+    for seed, length in ((1, 512), (2, 1024)):
+        row, mask = RowMaker(nano_tokenizer(), seed).row(length)
+        ids, said = row.tolist(), torch.from_numpy(mask)
+        logits, draft = served(OneProcess(load_deployed(BUNDLED), max_tokens=length), ids)
+        own_logits, own_draft = trained(p, ids, rounds=True)
+        assert torch.equal(own_logits.argmax(-1)[said], logits.argmax(-1)[said])
+        both = said & said.roll(-1)
+        assert torch.equal(own_draft.argmax(-1)[both], draft.argmax(-1)[both])
+        assert torch.equal(logits.argmax(-1)[said], torch.tensor(ids).roll(-1)[said])
 
 
 def test_training_rounds_as_inference_does() -> None:
