@@ -68,6 +68,6 @@ def _selections(
             | {"candidates_ptr": parts, "sequences_ptr": lengths, "tables_ptr": lengths}
             | {"out_ptr": "*i32", "k": "i32:16", "num_parts": "i32", "capacity": "i32:16"}
             | {"stride_scores_row": "i32:16", "stride_tables_sequence": "i32"},
-            {"SIZE": tile.size, "LOG_PARTS": log_parts, **paging},
+            {"SIZE": tile.size, "SHORT": tile.short, "LOG_PARTS": log_parts, **paging},
             tile.num_warps,
         )

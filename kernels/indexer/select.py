@@ -32,9 +32,10 @@ _SCAN_BLOCK: tl.constexpr = tl.constexpr(2048)
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one program holds of a row."""
+    """What one program holds of a row, and of a short one."""
 
     size: int
+    short: int
     num_warps: int
 
 
@@ -42,7 +43,7 @@ def tiles(target: Target) -> tuple[Tile, ...]:
     """Every tile that rows are selected with; rows that the last one cannot hold are narrowed."""
     most_warps = 1024 // target.warp_size
     sizes = ((1024, 4), (2048, 8), (4096, 16), (8192, 32), (16384, 32))
-    return tuple(Tile(size, min(warps, most_warps)) for size, warps in sizes)
+    return tuple(Tile(size, min(size, 2048), min(warps, most_warps)) for size, warps in sizes)
 
 
 def pick_tile(max_length: int, target: Target) -> tuple[Tile, bool]:
@@ -289,6 +290,24 @@ def _scan_row(scores_ptr, out_ptr, length, k, table_ptr, ROWS_PER_BLOCK: tl.cons
 
 
 @triton.jit
+def _pick_held(
+    scores_ptr,
+    out_ptr,
+    columns,
+    count,
+    k,
+    table_ptr,
+    SIZE: tl.constexpr,
+    ROWS_PER_BLOCK: tl.constexpr,
+):
+    """Pick from the first `count` >= k of `columns` [SIZE]."""
+    x = tl.load(scores_ptr + columns, mask=tl.arange(0, SIZE) < count, other=float("nan"))
+    threshold, num_equal = _threshold(x, count, k, 0)
+    is_pick, places = _places_of_picks(x > threshold, x == threshold, num_equal)
+    _store_picks(out_ptr, places, columns, is_pick, table_ptr, ROWS_PER_BLOCK)
+
+
+@triton.jit
 def select_kernel(
     # tensors
     scores_ptr,
@@ -305,6 +324,7 @@ def select_kernel(
     stride_scores_row,
     stride_tables_sequence,
     SIZE: tl.constexpr,
+    SHORT: tl.constexpr,
     LOG_PARTS: tl.constexpr,
     RATIO: tl.constexpr,
     ROWS_PER_BLOCK: tl.constexpr,
@@ -313,7 +333,8 @@ def select_kernel(
 
     With a RATIO `lengths` are positions, and columns are entries of a sequence, picked as rows of
     its pool. Of rows longer than SIZE `narrow_kernel` has listed the candidates, in up to
-    2 ** LOG_PARTS parts; LOG_PARTS 0: there are no such rows.
+    2 ** LOG_PARTS parts; LOG_PARTS 0: there are no such rows. Rows of up to SHORT are held in as
+    small a tile: what a row's bound allows for, it rarely has.
     """
     row = tl.program_id(0).to(tl.int64)
     length = _length_of(lengths_ptr, row, RATIO)
@@ -330,25 +351,23 @@ def select_kernel(
         for start in range(length, k, SIZE):
             tail = start + offs
             tl.store(out_ptr + tail, tl.full([SIZE], -1, tl.int32), mask=tail < k)
-    else:
-        columns = offs
-        count = length
-        if LOG_PARTS > 0:
-            if length > SIZE:
-                columns, count = _candidate_columns(
-                    counts_ptr + row * num_parts,
-                    candidates_ptr + row * num_parts * capacity,
-                    num_parts,
-                    capacity,
-                    SIZE,
-                    LOG_PARTS,
-                )
+    elif length <= SHORT:
+        lanes = tl.arange(0, SHORT)
+        _pick_held(scores_ptr, out_ptr, lanes, length, k, tables_ptr, SHORT, ROWS_PER_BLOCK)
+    elif length <= SIZE:
+        _pick_held(scores_ptr, out_ptr, offs, length, k, tables_ptr, SIZE, ROWS_PER_BLOCK)
+    elif LOG_PARTS > 0:
+        columns, count = _candidate_columns(
+            counts_ptr + row * num_parts,
+            candidates_ptr + row * num_parts * capacity,
+            num_parts,
+            capacity,
+            SIZE,
+            LOG_PARTS,
+        )
         if (count >= k) & (count <= SIZE):
-            x = tl.load(scores_ptr + columns, mask=offs < count, other=float("nan"))
-            threshold, num_equal = _threshold(x, count, k, 0)
-            is_pick, places = _places_of_picks(x > threshold, x == threshold, num_equal)
-            _store_picks(out_ptr, places, columns, is_pick, tables_ptr, ROWS_PER_BLOCK)
-        elif LOG_PARTS > 0:
+            _pick_held(scores_ptr, out_ptr, columns, count, k, tables_ptr, SIZE, ROWS_PER_BLOCK)
+        else:
             _scan_row(scores_ptr, out_ptr, length, k, tables_ptr, ROWS_PER_BLOCK)
 
 
@@ -442,6 +461,7 @@ def select_columns(
         scores.stride(0),
         tables.stride(0),
         SIZE=selection.tile.size,
+        SHORT=selection.tile.short,
         LOG_PARTS=LOG_PARTS if selection.num_parts else 0,
         RATIO=ratio,
         ROWS_PER_BLOCK=rows_per_block,

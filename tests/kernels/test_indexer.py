@@ -176,7 +176,7 @@ def test_the_best_columns_of_short_rows_are_selected(
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more than 256 are narrowed, by samples of 64."""
-    small = (select.Tile(256, 4), select.Tile(512, 4))
+    small = (select.Tile(256, 128, 4), select.Tile(512, 128, 4))
     monkeypatch.setattr(select, "tiles", lambda target: small)
     monkeypatch.setattr(select, "SAMPLE", 64)
     monkeypatch.setattr(select, "NARROW_BLOCK", 256)
@@ -188,7 +188,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_best_columns_of_long_rows_are_selected(
     kind: str, k: int, kernel_device: torch.device
 ) -> None:
-    lengths = [1900, 256, 257, 0, k + 1]
+    lengths = [1900, 256, 257, 100, k + 1]
     _check_top_k(SCORES[kind]((len(lengths), 1900)), lengths, k, kernel_device)
 
 
