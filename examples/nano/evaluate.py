@@ -1,10 +1,13 @@
 # ruff: noqa: T201
-"""Held-out problems through the whole stack over HTTP, greedily: a table of right answers by task.
+"""Held-out problems, answered greedily in several ways: a table of right answers by task.
 
-    python -m examples.nano.evaluate --problems 500 --json eval.json
+    python -m examples.nano.evaluate --problems 500 --results eval.jsonl
 
-Starts `scission serve` once for each numerics (exact, deployed) and asks every problem of both, so
-that their differences are paired; `--url` asks a server that runs already.
+Ways: `deployed` and `exact` start `scission serve` with these numerics and ask through gateway,
+prefill and decode over HTTP; `one-process-deployed`, `one-process-exact` and
+`one-process-fp8-cache` compute without services (fp8-cache: exact, but for the rounding of cached
+keys and values). Every way is asked the same problems, every second one with thinking, so that
+differences are paired. What `--results` holds already is not asked again.
 """
 
 import argparse
@@ -15,8 +18,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,8 @@ import httpx
 from examples.nano.data import problems
 from examples.nano.data.problems import TASKS, Problem
 from examples.nano.data.rows import question_text
+from examples.nano.one_process import NUMERICS, OneProcess
+from scission.common.model_source import BUNDLED
 from scission.common.ports import free_port
 
 UNSEEN = tuple(name for name in TASKS if name != "about")
@@ -32,6 +38,9 @@ UNSEEN = tuple(name for name in TASKS if name != "about")
 NEEDLES = {"needle-2k": 2000, "needle-8k": 8000}
 FILLER_CHARACTERS = 4.62  # of a token, measured
 DEFAULT_TASKS = (*UNSEEN, *NEEDLES)
+ONE_PROCESS = "one-process-"
+WAYS = ("deployed", "exact", *(ONE_PROCESS + name for name in NUMERICS))
+AT_ONCE = 64  # problems between two writes of results
 
 
 def held_out(task: str, number: int, seed: int = 7) -> list[Problem]:
@@ -46,11 +55,12 @@ def held_out(task: str, number: int, seed: int = 7) -> list[Problem]:
         else:
             problem = TASKS[task][0](r)
         if problem.is_held_out:
-            found.setdefault(problem.key + problem.question, problem)
+            given = json.dumps(problem.tools)
+            found.setdefault(problem.key + problem.question + given, problem)
     return list(found.values())
 
 
-def request(problem: Problem, model: str, *, is_thinking: bool) -> dict[str, Any]:
+def request(problem: Problem, *, is_thinking: bool) -> dict[str, Any]:
     """The body of a chat completion."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": question_text(problem)}]
     if problem.call is not None and problem.result is not None:
@@ -61,7 +71,6 @@ def request(problem: Problem, model: str, *, is_thinking: bool) -> dict[str, Any
             {"role": "tool", "tool_call_id": "call_0", "content": problem.result},
         ]
     body: dict[str, Any] = {
-        "model": model,
         "messages": messages,
         "temperature": 0,
         "max_tokens": 200,
@@ -92,32 +101,61 @@ def is_right(problem: Problem, message: dict[str, Any]) -> bool:
     return bool(re.sub(r"\s+", " ", content).strip() == problem.answer)
 
 
+@dataclass(frozen=True)
+class Result:
+    """One problem, answered in one way; `number` counts the task's held-out problems."""
+
+    way: str
+    task: str
+    number: int
+    is_right: bool
+    said: str
+    drafts: tuple[int, int] | None = None  # the draft layer's right ones, of how many
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.way, self.task, self.number
+
+
+Ask = Callable[[Sequence[dict[str, Any]]], Iterator[tuple[dict[str, Any], tuple[int, int] | None]]]
+
+
+@contextmanager
+def asking(way: str, model: Path, concurrency: int) -> Iterator[Ask]:
+    """What answers bodies in order, with the draft layer's score where it is known."""
+    if way.startswith(ONE_PROCESS):
+        one = OneProcess(model, NUMERICS[way.removeprefix(ONE_PROCESS)])
+        yield lambda bodies: ((a.message, one.draft_hits(a)) for a in one.answers(bodies))
+    elif way.startswith("http"):
+        yield lambda bodies: ((m, None) for m in asyncio.run(ask_all(way, bodies, concurrency)))
+    else:
+        with serving(model, way) as url:
+            yield lambda bodies: ((m, None) for m in asyncio.run(ask_all(url, bodies, concurrency)))
+
+
 async def ask_all(
-    url: str, asked: Sequence[Problem], *, is_thinking: bool, concurrency: int
+    url: str, bodies: Sequence[dict[str, Any]], concurrency: int
 ) -> list[dict[str, Any]]:
-    """The messages that answer the problems, in order."""
+    """The messages that a server answers with, in order."""
     gate = asyncio.Semaphore(concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=600.0) as client:
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
 
-        async def ask(problem: Problem) -> dict[str, Any]:
+        async def ask(body: dict[str, Any]) -> dict[str, Any]:
             async with gate:
-                body = request(problem, model, is_thinking=is_thinking)
                 response = await client.post("/v1/chat/completions", json=body)
                 response.raise_for_status()
                 message: dict[str, Any] = response.json()["choices"][0]["message"]
                 return message
 
-        return list(await asyncio.gather(*(ask(problem) for problem in asked)))
+        return list(await asyncio.gather(*(ask(body) for body in bodies)))
 
 
 @contextmanager
-def serving(model: Path | None, numerics: str) -> Iterator[str]:
+def serving(model: Path, numerics: str) -> Iterator[str]:
     """A stack of its own, until the block ends: its address."""
     port = free_port("127.0.0.1")
     command = [sys.executable, "-m", "scission.services.cli", "serve", f"--port={port}"]
-    command += [] if model is None else [str(model)]
-    command += [f"--numerics={numerics}"]
+    command += [str(model), f"--numerics={numerics}"]
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -138,68 +176,83 @@ def serving(model: Path | None, numerics: str) -> Iterator[str]:
 
 
 def evaluate(
-    url: str, tasks: Sequence[str], number: int, modes: Sequence[bool], concurrency: int
-) -> dict[str, list[bool]]:
-    """By task and mode ("add, thinking"): whether each problem's answer is right."""
-    results = {}
-    for task in tasks:
-        asked = held_out(task, number)
-        for is_thinking in modes:
-            messages = asyncio.run(
-                ask_all(url, asked, is_thinking=is_thinking, concurrency=concurrency)
-            )
-            right = [is_right(p, m) for p, m in zip(asked, messages, strict=True)]
-            name = f"{task}, {'thinking' if is_thinking else 'direct'}"
-            results[name] = right
-            print(
-                f"  {name:26} {100 * sum(right) / len(right):6.1f} %  of {len(right)}", flush=True
-            )
-            for problem, message, is_good in zip(asked, messages, right, strict=True):
-                if not is_good:
-                    said = message.get("content") or message.get("tool_calls")
-                    print(f"      {problem.question!r}: {said!r}, not {problem.answer!r}")
-                    break
-    return results
+    ask: Ask, way: str, task: str, number: int, known: Collection[tuple[str, str, int]]
+) -> Iterator[Result]:
+    """What is not known yet of a task's first `number` problems."""
+    problems_ = enumerate(held_out(task, number))
+    asked = [(i, p) for i, p in problems_ if (way, task, i) not in known]
+    for first in range(0, len(asked), AT_ONCE):
+        part = asked[first : first + AT_ONCE]
+        bodies = [request(p, is_thinking=bool(i % 2)) for i, p in part]
+        for (i, problem), (message, drafts) in zip(part, ask(bodies), strict=True):
+            said = {key: message.get(key) for key in ("content", "tool_calls") if message.get(key)}
+            yield Result(way, task, i, is_right(problem, message), json.dumps(said), drafts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a folder; else what `scission serve` bundles")
-    parser.add_argument("--url", help="of a running server; nothing is started then")
-    parser.add_argument("--numerics", nargs="+", default=["deployed", "exact"])
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="a folder")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), help="or a server's http://...")
     parser.add_argument("--tasks", nargs="+", default=list(DEFAULT_TASKS))
     parser.add_argument("--problems", type=int, default=500, help="of each task")
-    parser.add_argument("--modes", nargs="+", default=["thinking", "direct"])
     parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--results", type=Path, help="JSON lines, added to; kept answers count")
     options = parser.parse_args()
-    modes = [mode == "thinking" for mode in options.modes]
-    report: dict[str, dict[str, list[bool]]] = {}
-    arguments = (options.tasks, options.problems, modes, options.concurrency)
-    if options.url:
-        report["server"] = evaluate(options.url, *arguments)
-    else:
-        for numerics in options.numerics:
-            print(f"numerics {numerics}")
-            with serving(options.model, numerics) as url:
-                report[numerics] = evaluate(url, *arguments)
-    show(report)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    results = read_results(options.results)
+    known = {result.key for result in results}
+    for way in options.ways:
+        with asking(way, options.model, options.concurrency) as ask:
+            for task in options.tasks:
+                start = time.monotonic()
+                new = []
+                for result in evaluate(ask, way, task, options.problems, known):
+                    new.append(result)
+                    if options.results is not None:
+                        with options.results.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(asdict(result)) + "\n")
+                results += new
+                right = sum(result.is_right for result in new)
+                seconds = time.monotonic() - start
+                print(f"  {way} {task}: {right} of {len(new)} in {seconds:.0f} s", flush=True)
+    show(results, options.ways, options.tasks)
 
 
-def show(report: dict[str, dict[str, list[bool]]]) -> None:
-    """The table: percent right by task, and paired differences to the first column."""
-    columns = list(report)
-    first = report[columns[0]]
-    print(f"{'task':28} {'n':>5} " + " ".join(f"{column:>10}" for column in columns) + "  lost/won")
-    for task, right in first.items():
-        cells = [f"{100 * sum(report[c][task]) / len(right):10.1f}" for c in columns]
-        pairs = ""
-        for column in columns[1:]:
-            both = list(zip(right, report[column][task], strict=True))
-            pairs += f"  {sum(a and not b for a, b in both)}/{sum(b and not a for a, b in both)}"
-        print(f"{task:28} {len(right):5} " + " ".join(cells) + pairs)
+def read_results(file: Path | None) -> list[Result]:
+    if file is None or not file.exists():
+        return []
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [
+        Result(**{**line, "drafts": line["drafts"] and tuple(line["drafts"])}) for line in lines
+    ]
+
+
+def show(results: Sequence[Result], ways: Sequence[str], tasks: Sequence[str]) -> None:
+    """The table: percent right by task and way, and what a way lost and won against the first."""
+    right = {result.key: result.is_right for result in results}
+    first = ways[0]
+    print(f"| task | n | {first} | " + " | ".join(f"{way} (lost, won)" for way in ways[1:]) + " |")
+    print("|---|---|---|" + "---|" * len(ways[1:]))
+    for task in tasks:
+        numbers = [number for way, of, number in right if (way, of) == (first, task)]
+        if not numbers:
+            continue
+        share = 100 * sum(right[first, task, i] for i in numbers) / len(numbers)
+        cells = [f"{share:.1f}"]
+        for way in ways[1:]:
+            both = [i for i in numbers if (way, task, i) in right]
+            if not both:
+                cells.append("")
+                continue
+            lost = sum(right[first, task, i] and not right[way, task, i] for i in both)
+            won = sum(right[way, task, i] and not right[first, task, i] for i in both)
+            share = 100 * sum(right[way, task, i] for i in both) / len(both)
+            count = "" if len(both) == len(numbers) else f" of {len(both)}"
+            cells.append(f"{share:.1f}{count} ({lost}, {won})")
+        print(f"| {task} | {len(numbers)} | " + " | ".join(cells) + " |")
+    drafts = [result.drafts for result in results if result.drafts is not None]
+    if drafts:
+        good, count = (sum(part) for part in zip(*drafts, strict=True))
+        print(f"\nThe draft layer foresaw {100 * good / count:.2f} % of {count} tokens.")
 
 
 if __name__ == "__main__":
