@@ -6,7 +6,7 @@ functions that the launchers themselves pick from.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from scission.kernels.attention import launches as attention_launches
 from scission.kernels.cache import launches as cache_launches
@@ -18,8 +18,8 @@ from scission.kernels.dense_attention.key_rows import TILE_QUERIES
 from scission.kernels.hyper_connections import launches as hyper_connection_launches
 from scission.kernels.indexer import launches as indexer_launches
 from scission.kernels.latents import launches as latent_launches
-from scission.kernels.linear import block_fp8, quantize_input
-from scission.kernels.linear.rows import Scaling
+from scission.kernels.linear import block_fp8
+from scission.kernels.linear import launches as linear_launches
 from scission.kernels.moe import group_rows, grouped_fp4
 from scission.kernels.sampling import launches as sampling_launches
 from scission.kernels.target import Target
@@ -61,55 +61,8 @@ def launches(target: Target) -> Iterator[Launch]:
 
 
 def _linear(target: Target) -> Iterator[Launch]:
-    for scaling in get_args(Scaling):
-        yield Launch(
-            quantize_input.quantize_input_kernel,
-            {
-                "x_ptr": "*bf16",
-                "static_scale_ptr": "*fp32",
-                "codes_ptr": "*fp8e4nv",
-                "scales_ptr": "*fp32",
-                "num_blocks": "i32:16",
-                "stride_x_row": "i32:16",
-            },
-            {"BLOCKS": quantize_input.BLOCKS, "SCALING": scaling},
-            quantize_input.NUM_WARPS,
-        )
-    for tile in block_fp8.tiles(target):
-        for kind in ("values", "blocks", "static"):
-            is_quantized = kind != "values"
-            # whole sums are stored as bf16, partial ones as fp32
-            for out_type in ("*bf16", "*fp32"):
-                yield Launch(
-                    block_fp8.block_fp8_kernel,
-                    {
-                        "x_ptr": "*fp8e4nv" if is_quantized else "*bf16",
-                        "x_scales_ptr": "*fp32",
-                        "codes_ptr": "*fp8e4nv",
-                        "scales_ptr": "*fp32",
-                        "out_ptr": out_type,
-                        "num_rows": "i32",
-                        "out_features": "i32:16",
-                        "num_blocks": "i32:16",
-                        "blocks_per_split": "i32",
-                        "group_size": "i32:16",
-                        "stride_x_row": "i32:16",
-                        "stride_x_group": "i32:16",
-                    },
-                    {
-                        "BLOCK_N": tile.block_n,
-                        "BLOCK_M": tile.block_m,
-                        "INPUT": kind,
-                        "DOT_TYPE": block_fp8.dot_type(target, is_quantized=is_quantized),
-                        "NUM_STAGES": tile.num_stages,
-                    },
-                    tile.num_warps,
-                )
-    yield Launch(
-        block_fp8.reduce_splits_kernel,
-        {"partials_ptr": "*fp32", "out_ptr": "*bf16", "num_values": "i32:16", "split": "i32"},
-        {"BLOCK": block_fp8.REDUCE_BLOCK},
-    )
+    for launch in linear_launches.launches(target):
+        yield Launch(*launch)
 
 
 def _experts(target: Target) -> Iterator[Launch]:

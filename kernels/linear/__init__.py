@@ -75,9 +75,11 @@ def linear_block_fp8(x: Tensor | QuantizedRows, codes: Tensor, scales: Tensor) -
         if rows is not None:
             values = rows.dequantize(torch.float32)
         return reference.linear_block_fp8(values, codes, scales, dtype)
-    from scission.kernels.linear import block_fp8
+    from scission.kernels.linear import block_fp8, library
 
     scales = scales.contiguous()
+    if rows is not None and library.can_multiply(values.shape[0], codes.shape[0], target):
+        return library.linear_block_fp8(values, rows.scales, codes, scales)
     if rows is not None:
         return block_fp8.linear_block_fp8(rows.codes, rows.scales, codes, scales, target)
     return block_fp8.linear_block_fp8(_with_unit_stride(values), None, codes, scales, target)
@@ -122,8 +124,14 @@ def linear_bf16(x: Tensor, w: Tensor, out_dtype: torch.dtype = torch.bfloat16) -
         raise ValueError(f"x {list(x.shape)} does not fit {w.dtype} w {list(w.shape)}")
     if out_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"out_dtype must be float32 or bfloat16, got {out_dtype}")
-    if target_of(x.device) is None or x.dtype != torch.bfloat16:
+    target = target_of(x.device)
+    if target is None or x.dtype != torch.bfloat16:
         return reference.linear_bf16(x, w, out_dtype)
+    from scission.kernels.linear import stream_bf16
+
+    is_whole = not x.shape[1] % stream_bf16.BLOCK_K and w.is_contiguous()
+    if is_whole and x.shape[0] <= stream_bf16.MAX_ROWS:
+        return stream_bf16.stream_bf16(_with_unit_stride(x), w, out_dtype, target)
     return torch.mm(x, w.mT, out_dtype=out_dtype)
 
 

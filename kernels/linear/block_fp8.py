@@ -1,9 +1,9 @@
-"""y = x Wᵀ over FP8 weights of 128 x 128 blocks, from one row to thousands.
+"""y = x Wᵀ over FP8 weights of 128 x 128 blocks: few rows, where the weights' bytes take the time.
 
-The weight's tile is the left operand of the dot, so that few rows cost no padding to 64. Few rows
-are a matter of streaming the weights: the inputs are split over programs until the chip is busy,
-each writes its partial sums, and a second kernel adds them in a fixed order (atomics would add in
-another order each time).
+Up to 32 rows the weight's tile is the left operand of the dot, so that they cost no padding to 64.
+Where there are few tiles the inputs are split over programs; each writes its partial sums, and a
+second kernel adds them in a fixed order (atomics would add in another order each time). More rows
+than `library` begins with come here only where the library does not serve.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scission.kernels.dependent_launch import await_prior, dependent, release_next
+from scission.kernels.linear.split_sums import add_splits, pick_split
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.rounding import dot_as, store_rounded
 from scission.kernels.target import Target
-
-REDUCE_BLOCK = 1024
-_MAX_SPLIT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,45 +27,69 @@ class Tile:
     block_n: int
     block_m: int
     num_warps: int
-    num_stages: int
+    is_weight_left: bool
 
 
-# Up to 64 rows; H200, FP8 x FP8, us a call against the time of reading the weights (4.5 TB/s):
-# [6144, 4096] 1 row 8.1 / 5.6, 32 rows 8.7 / 5.6; [24576, 4096] 1 row 25.7 / 22.4; [4096, 4096]
-# 1 row 5.9 / 3.7. Tiles of 128 outputs are within 5 % of these.
-_STREAM_BLOCK_N = 64
-_STREAM_ROWS = (16, 32, 64)
-# of two multiplicands in registers, 128 x 128 spill on gfx1201
-_TILE_ROWS = {"gfx1201": 64}
+# H200, us a call in a graph over rotating weights, against reading as many bytes in one pass:
+# rows                 1     32     64    128   reading
+# [6144, 4096]       9.3   10.5   11.5   14.6      7.6
+# [4096, 4096]       7.1    8.1   10.7   11.0      5.6
+# [24576, 4096]     27.0   28.5   28.5   34.5     25.5   (128 rows: the library)
+# [4096, 12288]     15.6   17.8   20.2   25.3     13.7
+_TILES = (
+    Tile(64, 16, 4, is_weight_left=True),
+    Tile(64, 32, 4, is_weight_left=True),
+    Tile(64, 64, 4, is_weight_left=False),
+    Tile(128, 64, 4, is_weight_left=False),
+)
 
 
 def tiles(target: Target) -> tuple[Tile, ...]:
-    """Every tile that `linear_block_fp8` launches, by rows."""
-    few = [Tile(_STREAM_BLOCK_N, rows, 4, target.num_stages(4)) for rows in _STREAM_ROWS]
-    return (*few, Tile(128, _TILE_ROWS.get(target.name, 128), 8, target.num_stages(3)))
+    """Every tile that inputs of codes are multiplied by."""
+    # two decoded multiplicands of the widest spill on gfx1201
+    return _TILES[:-1] if target.name == "gfx1201" else _TILES
 
 
-def pick_tile(num_rows: int, target: Target) -> Tile:
-    choices = tiles(target)
-    return next((tile for tile in choices[:-1] if num_rows <= tile.block_m), choices[-1])
+def values_tiles() -> tuple[Tile, ...]:
+    """Every tile that inputs of values are multiplied by."""
+    return _TILES[:-1]
 
 
-def pick_split(num_programs: int, num_blocks: int) -> int:
-    """Over how many programs the inputs are divided: 256 programs keep 132 multiprocessors busy."""
-    split = 1
-    while split < _MAX_SPLIT and num_programs * split < 256 and num_blocks >= 4 * split:
-        split *= 2
-    return split
+def stages(target: Target) -> tuple[int, int]:
+    """Of a loop's pipeline, for inputs of codes: of long loops of few programs, and of others."""
+    return target.num_stages(6), target.num_stages(4)
 
 
-def dot_type(target: Target, *, is_quantized: bool) -> tl.dtype:
+def values_stages(target: Target) -> int:
+    return target.num_stages(3)
+
+
+def pick_tile(choices: tuple[Tile, ...], num_rows: int, out_features: int, blocks: int) -> Tile:
+    for tile in choices[:2]:
+        if num_rows <= tile.block_m:
+            return tile
+    narrow, wide = choices[2], choices[-1]
+    is_wide = num_rows > narrow.block_m and (out_features > 4096 or blocks >= 64)
+    return wide if is_wide else narrow
+
+
+def dot_type(target: Target, *, is_quantized: bool = False) -> tl.dtype:
     """In which the inputs, e4m3 codes or not, are multiplied with the weight's codes."""
     if is_quantized and target.has_fp8_dot:
         return tl.float8e4nv
     return tl.bfloat16 if target.decoded == "bfloat16" else tl.float32
 
 
-@triton.jit
+def grouped_dot_type(target: Target) -> tl.dtype:
+    """Of `linear_grouped`, whose inputs are outputs of attention: averages of normalised rows.
+
+    Those lie well inside float16, which on sm_90 codes are converted to in half the time: 1 row of
+    8 groups [1024, 4096] 14.5 us, as bfloat16 17.9.
+    """
+    return tl.float16 if target.has_ptx else dot_type(target)
+
+
+@triton.jit(do_not_specialize=["num_rows", "blocks_per_split"])
 def block_fp8_kernel(
     # tensors
     x_ptr,
@@ -84,9 +107,11 @@ def block_fp8_kernel(
     stride_x_group,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    IS_WEIGHT_LEFT: tl.constexpr,
     INPUT: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     """One program, BLOCK_N outputs of BLOCK_M rows over blocks_per_split blocks of 128 inputs.
 
@@ -103,50 +128,48 @@ def block_fp8_kernel(
     offs_k = tl.arange(0, 128)
     mask_n = offs_n < out_features
     mask_m = offs_m < num_rows
-    # what lies past the end is read as the last row and never stored
+    # outputs past the end read the last row of weights and are never stored
     rows_n = tl.where(mask_n, offs_n, out_features - 1)
-    rows_m = tl.where(mask_m, offs_m, num_rows - 1)
+    # so do rows past the end, but spread: one row read by all would be waited for
+    rows_m = offs_m % num_rows
     codes_ptrs = codes_ptr + rows_n[:, None] * (num_blocks * 128) + offs_k[None, :]
     x_ptr += (pid_n * BLOCK_N // group_size).to(tl.int64) * stride_x_group
-    x_ptrs = x_ptr + rows_m[None, :] * stride_x_row + offs_k[:, None]
+    x_ptrs = x_ptr + rows_m[:, None] * stride_x_row + offs_k[None, :]
     # a tile of at most 128 outputs lies in one row of scales
     scale_row_ptr = scales_ptr + (pid_n * BLOCK_N // 128) * num_blocks
     first = split.to(tl.int32) * blocks_per_split
     last = tl.minimum(first + blocks_per_split, num_blocks)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    await_prior(IS_DEPENDENT)
+    if IS_WEIGHT_LEFT:
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for block in tl.range(first, last, num_stages=NUM_STAGES):
         codes = tl.load(codes_ptrs + block * 128)
-        x = tl.load(x_ptrs + block * 128)
         scale = tl.load(scale_row_ptr + block)
-        if INPUT == "blocks":
-            x_scales = tl.load(x_scales_ptr + rows_m * num_blocks + block)
-            acc += dot_as(codes, x, DOT_TYPE) * (x_scales * scale)[None, :]
+        if IS_WEIGHT_LEFT:
+            # few rows: those past the end are not read at all
+            x = tl.load(x_ptrs + block * 128, mask=mask_m[:, None], other=0.0)
         else:
-            acc += dot_as(codes, x, DOT_TYPE) * scale
+            x = tl.load(x_ptrs + block * 128)
+        if INPUT == "blocks":
+            factor = tl.load(x_scales_ptr + rows_m * num_blocks + block) * scale
+        else:
+            factor = tl.full([BLOCK_M], 1.0, tl.float32) * scale
+        if IS_WEIGHT_LEFT:
+            acc += dot_as(codes, x.T, DOT_TYPE) * factor[None, :]
+        else:
+            acc += dot_as(x, codes.T, DOT_TYPE) * factor[:, None]
+    release_next(IS_DEPENDENT)
     if INPUT == "static":
         acc *= tl.load(x_scales_ptr)
-    out_ptrs = out_ptr + (split * num_rows + offs_m[None, :]) * out_features + offs_n[:, None]
-    mask = mask_n[:, None] & mask_m[None, :]
-    store_rounded(out_ptrs, acc, mask)
-
-
-@triton.jit
-def reduce_splits_kernel(
-    # tensors
-    partials_ptr,
-    out_ptr,
-    # sizes, meta-parameters
-    num_values,
-    split,
-    BLOCK: tl.constexpr,
-):
-    """out[i] = sum of partials[:, i], always in the same order."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < num_values
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(split):
-        total += tl.load(partials_ptr + part * num_values.to(tl.int64) + offs, mask=mask, other=0.0)
-    store_rounded(out_ptr + offs, total, mask)
+    out_ptr += split * num_rows * out_features
+    if IS_WEIGHT_LEFT:
+        out_ptrs = out_ptr + offs_m[None, :] * out_features + offs_n[:, None]
+        store_rounded(out_ptrs, acc, mask_n[:, None] & mask_m[None, :])
+    else:
+        out_ptrs = out_ptr + offs_m[:, None] * out_features + offs_n[None, :]
+        store_rounded(out_ptrs, acc, mask_m[:, None] & mask_n[None, :])
 
 
 def linear_block_fp8(
@@ -159,7 +182,8 @@ def linear_block_fp8(
         codes: [out, in] float8_e4m3fn, contiguous; in is a multiple of 128.
         scales: [ceil(out / 128), in / 128] float32.
     """
-    return _launch(x.unsqueeze(1), x_scales, codes, scales, target)
+    kind = dot_type(target, is_quantized=x_scales is not None)
+    return _launch(x.unsqueeze(1), x_scales, codes, scales, kind, target)
 
 
 def linear_grouped(x: Tensor, codes: Tensor, scales: Tensor, target: Target) -> Tensor:
@@ -169,11 +193,17 @@ def linear_grouped(x: Tensor, codes: Tensor, scales: Tensor, target: Target) -> 
         codes: [groups * out, in] float8_e4m3fn, contiguous; out and in are multiples of 128.
         scales: [groups * out / 128, in / 128] float32.
     """
-    return _launch(x, None, codes, scales, target).view(*x.shape[:2], -1)
+    out = _launch(x, None, codes, scales, grouped_dot_type(target), target)
+    return out.view(*x.shape[:2], -1)
 
 
 def _launch(
-    x: Tensor, x_scales: Tensor | None, codes: Tensor, scales: Tensor, target: Target
+    x: Tensor,
+    x_scales: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    dot_type: tl.dtype,
+    target: Target,
 ) -> Tensor:
     num_rows, num_groups, in_features = x.shape
     out_features = codes.shape[0]
@@ -181,9 +211,16 @@ def _launch(
     if not out.numel():
         return out
     num_blocks = in_features // FP8_BLOCK
-    tile = pick_tile(num_rows, target)
+    choices = tiles(target) if x_scales is not None else values_tiles()
+    tile = pick_tile(choices, num_rows, out_features, num_blocks)
     grid = (triton.cdiv(num_rows, tile.block_m), triton.cdiv(out_features, tile.block_n))
     split = pick_split(grid[0] * grid[1], num_blocks)
+    blocks_per_split = triton.cdiv(num_blocks, split)
+    deep, shallow = stages(target)
+    is_deep = blocks_per_split >= 20 and grid[0] * grid[1] * split <= 264
+    num_stages = deep if is_deep else shallow
+    if x_scales is None:
+        num_stages = values_stages(target)
     partials = out if split == 1 else torch.empty(split, *out.shape, device=x.device)
     block_fp8_kernel[(*grid, split)](
         x,
@@ -194,22 +231,21 @@ def _launch(
         num_rows,
         out_features,
         num_blocks,
-        triton.cdiv(num_blocks, split),
+        blocks_per_split,
         out_features // num_groups,
         x.stride(0),
         x.stride(1),
         BLOCK_N=tile.block_n,
         BLOCK_M=tile.block_m,
+        IS_WEIGHT_LEFT=tile.is_weight_left,
         INPUT=input_kind(x_scales),
-        DOT_TYPE=dot_type(target, is_quantized=x_scales is not None),
-        NUM_STAGES=tile.num_stages,
+        DOT_TYPE=dot_type,
+        NUM_STAGES=num_stages,
+        IS_DEPENDENT=target.has_ptx,
         num_warps=tile.num_warps,
+        **dependent(target),
     )
-    if split > 1:
-        reduce_splits_kernel[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
-            partials, out, out.numel(), split, BLOCK=REDUCE_BLOCK
-        )
-    return out
+    return out if split == 1 else add_splits(partials, out, target)
 
 
 def input_kind(x_scales: Tensor | None) -> str:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scission.kernels.dependent_launch import await_prior, dependent, release_next
 from scission.kernels.linear.rows import Scaling
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.rounding import quantize_blocks_as
@@ -27,8 +28,11 @@ def quantize_input_kernel(
     stride_x_row,
     BLOCKS: tl.constexpr,
     SCALING: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     """One program, some blocks of 128 values of one row."""
+    release_next(IS_DEPENDENT)
+    await_prior(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     offs_b = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     offs_k = offs_b[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -69,6 +73,8 @@ def quantize_input(
             x.stride(0),
             BLOCKS=BLOCKS,
             SCALING=scaling,
+            IS_DEPENDENT=target.has_ptx,
             num_warps=NUM_WARPS,
+            **dependent(target),
         )
     return codes, scales

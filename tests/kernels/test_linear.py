@@ -15,6 +15,8 @@ from scission.kernels.linear import (
     quantize_rows,
     reference,
     round_trip_rows,
+    split_sums,
+    stream_bf16,
 )
 from scission.kernels.quant import quantize_block_fp8, ue8m0_to_float
 from scission.kernels.target import Target, target_of
@@ -32,6 +34,8 @@ SMALL = [
     (33, 64, 384),
     (65, 200, 128),
     (130, 136, 256),
+    (2, 64, 1408),
+    (40, 128, 1280),
 ]
 REAL = [
     (1, 4096, 4096),
@@ -39,7 +43,9 @@ REAL = [
     (32, 32768, 1024),
     (63, 4096, 2048),
     (129, 4096, 4096),
-    (1000, 6144, 4096),
+    # the library takes rows in fours
+    (1001, 6144, 4096),
+    (8192, 4096, 1280),
 ]
 
 
@@ -142,6 +148,35 @@ def test_groups_have_inputs_of_their_own(
             x[:, group], codes[part], scales[group : group + 1], x.dtype
         )
         assert torch.equal(linear_grouped(x.cpu(), codes.cpu(), scales.cpu())[:, group], one.cpu())
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", [(1, 64, 256), (5, 130, 1280), (32, 64, 640)], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streamed_weights_equal_the_reference(
+    shape: tuple[int, int, int],
+    out_dtype: torch.dtype,
+    kernel_device: torch.device,
+    kernel_target: Target,
+) -> None:
+    rows, outputs, inputs = shape
+    x = torch.randn(rows, inputs, device=kernel_device).to(torch.bfloat16)
+    w = torch.randn(outputs, inputs, device=kernel_device).to(torch.bfloat16)
+    actual = stream_bf16.stream_bf16(x, w, out_dtype, kernel_target)
+    expected = reference.linear_bf16(x, w, out_dtype)
+    assert actual.dtype == out_dtype
+    # float32 sums in another order; bfloat16 rounds them
+    tolerance = 1e-5 if out_dtype == torch.float32 else TOLERANCE
+    assert relative_error(actual, expected) <= tolerance
+
+
+@pytest.mark.parametrize("num_tiles", [1, 24, 64, 96, 384])
+@pytest.mark.parametrize("num_blocks", [1, 8, 32, 96])
+def test_splits_leave_no_program_without_a_block(num_tiles: int, num_blocks: int) -> None:
+    split = split_sums.pick_split(num_tiles, num_blocks)
+    blocks_per_split = -(-num_blocks // split)
+    assert 1 <= split <= split_sums.MAX_SPLIT
+    assert (split - 1) * blocks_per_split < num_blocks
 
 
 def test_rows_of_a_wider_tensor_are_read_where_they_lie(
