@@ -61,6 +61,11 @@ class SequenceSampling:
         return self._is_plain and not self.is_held_back
 
     @property
+    def is_greedy(self) -> bool:
+        """The next token is the most likely one, of the adjusted logits."""
+        return self.params.temperature < kernels.MIN_TEMPERATURE
+
+    @property
     def needs_host(self) -> bool:
         """The next draw looks at more than its own row: what only the host keeps."""
         return bool(

@@ -1,8 +1,9 @@
 """Steps as captured graphs: model, draw and feedback on the device, the host one step behind.
 
-There is one graph for each of some batch sizes (`bucket_sizes`); a batch is padded to the next. All
-graphs read and write the same rows, so that a step follows another of any size without a copy. What
-the host changes between two steps (who came, who left, new blocks) is one copy and one launch.
+Some batch sizes have graphs (`bucket_sizes`), one for greedy batches and one for all others; a
+batch is padded to the next size. All graphs read and write the same rows, so that a step follows
+another of any size without a copy. What the host changes between two steps (who came, who left, new
+blocks) is one copy and one launch.
 """
 
 import logging
@@ -33,7 +34,7 @@ SPARE_BYTES = 2 << 30
 @dataclass(frozen=True, slots=True)
 class _Graph:
     replay: Callable[[], None]
-    logits: Tensor  # [rows, vocab], of the last replay of any graph
+    logits: Tensor  # [rows, vocab] float32, until the next replay of any graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class CapturedSteps(Generic[S]):
         self._device = runner.storage.device
         block_size = runner.storage.layout.block_size
         self._rows = RunningRows(sizes, max_context, block_size, self._device)
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[tuple[int, bool], _Graph] = {}  # by size and whether all are greedy
         self._seats: Seats[S] = Seats(sizes)
         self._num_blocks: dict[S, int] = {}  # that the device knows
         self._fed_by_host: set[S] = set()  # the device holds another next token
@@ -115,7 +116,7 @@ class CapturedSteps(Generic[S]):
         Where memory runs short the small ones are left out, and larger ones serve their batches.
 
         Args:
-            on_graph: called after each with how many there are and how many there will be.
+            on_graph: called after each batch size with how many there are and will be.
         """
         if self._device.type != "cuda":
             return
@@ -130,7 +131,8 @@ class CapturedSteps(Generic[S]):
                 )
                 self._seats = Seats(self._seats.sizes[-number:])
                 break
-            self._graphs[size] = self._capture(size, pool, stream)
+            for is_greedy in (False, True):
+                self._graphs[size, is_greedy] = self._capture(size, is_greedy, pool, stream)
             if on_graph is not None:
                 on_graph(number + 1, len(sizes))
 
@@ -150,7 +152,8 @@ class CapturedSteps(Generic[S]):
         rows = {p.sequence: self._seats.rows[p.sequence] for p in drawing}
         by_host = {s: row for s, row in rows.items() if s.sampling.needs_host}
         by_device = {s: row for s, row in rows.items() if s not in by_host}
-        logits = self._replay() if drawing else None
+        is_greedy = all(s.sampling.is_greedy for s in rows)
+        logits = self._replay(is_greedy) if drawing else None
         step = ReplayedStep(
             [p.sequence for p in planned],
             num_tokens,
@@ -197,29 +200,29 @@ class CapturedSteps(Generic[S]):
         if changes:
             self._rows.write(changes)
 
-    def _replay(self) -> Tensor:
+    def _replay(self, is_greedy: bool) -> Tensor:
         size = self._seats.size
-        graph = self._graphs.get(size)
+        graph = self._graphs.get((size, is_greedy))
         if graph is None:
-            return self._compute(size)
+            return self._compute(size, is_greedy)
         graph.replay()
         return graph.logits
 
     @torch.inference_mode()
-    def _compute(self, size: int) -> Tensor:
+    def _compute(self, size: int, is_greedy: bool) -> Tensor:
         logits = self._runner.compute(self._rows.batches[size])
-        kernels.draw_next_(logits, self._rows.next_tokens[size])
+        kernels.draw_next_(logits, self._rows.next_tokens[size], is_greedy=is_greedy)
         return logits
 
-    def _capture(self, size: int, pool: Any, stream: torch.cuda.Stream) -> _Graph:
+    def _capture(self, size: int, is_greedy: bool, pool: Any, stream: torch.cuda.Stream) -> _Graph:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                self._compute(size)
+                self._compute(size, is_greedy)
         graph = torch.cuda.CUDAGraph()
         # other threads may use the device meanwhile
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            logits = self._compute(size)
+            logits = self._compute(size, is_greedy)
         return _Graph(graph.replay, logits)
 
     def _fetch_tokens(self) -> Tensor:

@@ -17,7 +17,7 @@ def capture_graphs(steps: CapturedSteps[Any]) -> float:
     started_s = time.monotonic()
     bar = None
     if sys.stderr.isatty():
-        bar = tqdm(desc="capturing graphs", unit="graph", file=sys.stderr)
+        bar = tqdm(desc="capturing graphs", unit="size", file=sys.stderr)
     else:
         logger.info("capturing graphs")
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from scission.kernels.sampling import reference
 from scission.kernels.sampling.reference import (
+    MIN_TEMPERATURE,
     Allowed,
     Bias,
     Draws,
@@ -18,6 +19,7 @@ from scission.kernels.sampling.reference import (
 from scission.kernels.target import target_of
 
 __all__ = [
+    "MIN_TEMPERATURE",
     "Allowed",
     "Bias",
     "Draws",
@@ -72,7 +74,7 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
     return reference.sample(logits, draws)
 
 
-def draw_next_(logits: Tensor, rows: NextTokens) -> None:
+def draw_next_(logits: Tensor, rows: NextTokens, *, is_greedy: bool = False) -> None:
     """Draw each row's next token as `sample` does, and put it and its place where they are read.
 
     A row that is padding stays as it is. Nothing waits for the host: the launches depend on the
@@ -82,6 +84,7 @@ def draw_next_(logits: Tensor, rows: NextTokens) -> None:
         logits: [rows, vocab] float32, of the tokens that `rows` holds.
         rows: token_ids become the drawn ones; positions, context_lens, writer_ends and counts grow
             by one.
+        is_greedy: all temperatures are 0: less is launched.
     """
     _check(logits)
     if rows.positions.shape != (logits.shape[0],):
@@ -92,7 +95,7 @@ def draw_next_(logits: Tensor, rows: NextTokens) -> None:
     # only where a kernel is launched is Triton needed
     from scission.kernels.sampling.next_tokens import draw_next
 
-    draw_next(logits, rows)
+    draw_next(logits, rows, is_greedy=is_greedy)
 
 
 def token_logprobs(

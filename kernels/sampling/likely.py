@@ -2,8 +2,10 @@
 
 Tokens have an order without ties: by logit, equal ones by id (`ordered_keys`). A cut is the key of
 the last token that is kept: the largest key so that the tokens from it on hold enough, k tokens or
-top-p's mass. A histogram says which logits the cut can lie among; these tokens are listed, unless
-they are too many, and the cut is found among them by bisection.
+top-p's mass. `count_bins_kernel` makes a histogram of the row's logits, which says in which few
+bins the cut must lie; `list_likely_kernel` lists the tokens there, and sums the masses above and in
+all; `find_cut_kernel` finds the cut among the listed ones by bisection. Atomics add whole numbers,
+and no result depends on the order of the list.
 """
 
 import torch
@@ -13,17 +15,20 @@ from torch import Tensor
 
 from scission.kernels.sampling.reference import MASS_OF_THE_LARGEST, MIN_TEMPERATURE, NextTokens
 
-BLOCK = 2048
-NUM_WARPS = 16
-# tokens that a list holds; where more are likely, every step of the bisection reads the whole row
+BLOCK = 1024
+NUM_WARPS = 4
+FIND_WARPS = 8
+NUM_BINS = 1024
+# tokens that a list holds; where more are equally likely, each step of the bisection reads the row
 MAX_LISTED = 16384
 # that a row's vocabulary is cut into
 MAX_PARTS = 64
 
 _MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
 _UNITS = tl.constexpr(MASS_OF_THE_LARGEST)
-_BINS = tl.constexpr(512)
-_BINS_PER_LOGIT = tl.constexpr(16)
+_BINS = tl.constexpr(NUM_BINS)
+_BINS_PER_LOGIT = tl.constexpr(32)
+_FALL = tl.constexpr(0.96923323)  # exp(-1 / 32): from a bin's most likely token to its least one
 # masses are rounded: more than all tokens of a vocabulary can be off together
 _DOUBT = tl.constexpr(1e-3)
 _KEY_OF_NO_CUT = tl.constexpr(-(2**63))
@@ -47,19 +52,167 @@ def largest_of_parts(bests_ptr, num_parts, MAX_PARTS: tl.constexpr):
 
 
 @triton.jit
-def _masses(scaled):
-    return (tl.exp(scaled.to(tl.float64)) * _UNITS + 0.5).to(tl.int64)
-
-
-@triton.jit
-def _scaled(row_ptr, offs, mask, largest, temperature):
+def load_scaled(row_ptr, offs, mask, largest, temperature):
+    """Logits less the largest, by the temperature; -inf where masked."""
     values = tl.load(row_ptr + offs, mask=mask, other=float("-inf"))
     return tl.div_rn(values - largest, tl.zeros_like(values) + temperature)
 
 
 @triton.jit
+def least_logit(min_p_ptr, row):
+    """What min-p cuts off lies below it."""
+    return tl.log(tl.load(min_p_ptr + row).to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def _has_cut(positions_ptr, temperatures_ptr, top_k_ptr, top_p_ptr, row):
+    is_random = tl.load(temperatures_ptr + row) >= _MIN_TEMPERATURE
+    is_cut = (tl.load(top_k_ptr + row) > 0) | (tl.load(top_p_ptr + row) < 1.0)
+    return (tl.load(positions_ptr + row) >= 0) & is_random & is_cut
+
+
+@triton.jit
+def _masses(scaled):
+    return (tl.exp(scaled.to(tl.float64)) * _UNITS + 0.5).to(tl.int64)
+
+
+@triton.jit
 def _bins(scaled):
     return tl.minimum(-scaled * _BINS_PER_LOGIT, _BINS - 1.0).to(tl.int32)
+
+
+@triton.jit
+def count_bins_kernel(
+    # tensors
+    logits_ptr,
+    positions_ptr,
+    temperatures_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    bests_ptr,
+    counts_ptr,
+    # sizes, strides in elements, meta-parameters
+    vocab_size,
+    part_size,
+    stride_logits_row,
+    BLOCK: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+):
+    """One program, one part of a row: its tokens by bins of logits, added to the row's."""
+    row = tl.program_id(0).to(tl.int64)
+    if _has_cut(positions_ptr, temperatures_ptr, top_k_ptr, top_p_ptr, row) == 0:
+        return
+    temperature = tl.load(temperatures_ptr + row)
+    largest = largest_of_parts(bests_ptr + row * MAX_PARTS, tl.num_programs(1), MAX_PARTS)
+    least = least_logit(min_p_ptr, row)
+    first = tl.program_id(1) * part_size
+    end = tl.minimum(first + part_size, vocab_size)
+    counts = tl.zeros([_BINS], tl.int32)
+    for start in range(first, end, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < end
+        scaled = load_scaled(logits_ptr + row * stride_logits_row, offs, mask, largest, temperature)
+        counts += tl.histogram(_bins(scaled), _BINS, mask=mask & (scaled >= least))
+    bins = tl.arange(0, _BINS)
+    tl.atomic_add(counts_ptr + row * _BINS + bins, counts, mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _bracket(counts, top_k, top_p):
+    """The first and the last bin that a cut can lie in, and whether top-k is what cuts."""
+    bins = tl.arange(0, _BINS)
+    num_tokens = tl.sum(counts, axis=0)
+    has_top_k = (top_k > 0) & (top_k < num_tokens)
+    # the bin that holds the k-th
+    is_before = tl.cumsum(counts, axis=0) < top_k
+    last_bin = tl.sum(is_before.to(tl.int32), axis=0)
+    first_bin = last_bin
+    if has_top_k == 0:
+        # a bin's mass lies between those of its two ends
+        most = counts.to(tl.float32) * tl.exp(bins.to(tl.float32) * (-1.0 / _BINS_PER_LOGIT))
+        least = most * tl.where(bins == _BINS - 1, 0.0, _FALL)
+        limit = top_p.to(tl.float32)
+        wanted = limit * tl.sum(most, axis=0) * (1 + _DOUBT) + _DOUBT
+        is_before = tl.cumsum(least, axis=0) < wanted
+        last_bin = tl.minimum(tl.sum(is_before.to(tl.int32), axis=0), _BINS - 1)
+        wanted = limit * tl.sum(least, axis=0) * (1 - _DOUBT) - _DOUBT
+        is_before = tl.cumsum(most, axis=0) < wanted
+        first_bin = tl.minimum(tl.sum(is_before.to(tl.int32), axis=0), last_bin)
+    return first_bin, last_bin, has_top_k
+
+
+@triton.jit
+def _listed_bins(counts, first_bin, last_bin, has_top_k, top_p):
+    """The first bin that is listed, and how many tokens; top-p after top-k needs all it kept."""
+    first_listed = tl.where(has_top_k & (top_p < 1.0), 0, first_bin)
+    bins = tl.arange(0, _BINS)
+    is_listed = (bins >= first_listed) & (bins <= last_bin)
+    return first_listed, tl.sum(tl.where(is_listed, counts, 0), axis=0)
+
+
+@triton.jit
+def list_likely_kernel(
+    # tensors
+    logits_ptr,
+    positions_ptr,
+    temperatures_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    bests_ptr,
+    counts_ptr,
+    sums_ptr,
+    listed_keys_ptr,
+    listed_masses_ptr,
+    # sizes, strides in elements, meta-parameters
+    vocab_size,
+    part_size,
+    stride_logits_row,
+    BLOCK: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+    MAX_LISTED: tl.constexpr,
+):
+    """One program, one part of a row: its tokens in the bins that the cut can lie in.
+
+    sums [rows, 3] int64: tokens listed, mass of all, mass above the listed bins.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    if _has_cut(positions_ptr, temperatures_ptr, top_k_ptr, top_p_ptr, row) == 0:
+        return
+    temperature = tl.load(temperatures_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    largest = largest_of_parts(bests_ptr + row * MAX_PARTS, tl.num_programs(1), MAX_PARTS)
+    least = least_logit(min_p_ptr, row)
+    counts = tl.load(counts_ptr + row * _BINS + tl.arange(0, _BINS))
+    first_bin, last_bin, has_top_k = _bracket(counts, tl.load(top_k_ptr + row), top_p)
+    first_bin, num_listed = _listed_bins(counts, first_bin, last_bin, has_top_k, top_p)
+    # top-k alone asks for no mass
+    has_mass = (top_p < 1.0) & (has_top_k == 0)
+    first = tl.program_id(1) * part_size
+    end = tl.minimum(first + part_size, vocab_size)
+    mass = tl.zeros([BLOCK], tl.int64)
+    above = tl.zeros([BLOCK], tl.int64)
+    for start in range(first, end, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < end
+        scaled = load_scaled(logits_ptr + row * stride_logits_row, offs, mask, largest, temperature)
+        bins = _bins(scaled)
+        is_kept = mask & (scaled >= least)
+        is_listed = is_kept & (bins >= first_bin) & (bins <= last_bin)
+        num_new = tl.where(num_listed <= MAX_LISTED, tl.sum(is_listed.to(tl.int32), axis=0), 0)
+        if has_mass | (num_new > 0):
+            masses = tl.where(is_kept, _masses(scaled), 0)
+            mass += masses
+            above += tl.where(bins < first_bin, masses, 0)
+            if num_new > 0:
+                at = tl.atomic_add(sums_ptr + row * 3, num_new.to(tl.int64), sem="relaxed")
+                places = row * MAX_LISTED + at + tl.cumsum(is_listed.to(tl.int32), axis=0) - 1
+                tl.store(listed_keys_ptr + places, ordered_keys(scaled, offs), mask=is_listed)
+                tl.store(listed_masses_ptr + places, masses, mask=is_listed)
+    if has_mass:
+        tl.atomic_add(sums_ptr + row * 3 + 1, tl.sum(mass, axis=0), sem="relaxed")
+        tl.atomic_add(sums_ptr + row * 3 + 2, tl.sum(above, axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -71,13 +224,15 @@ def _held(
     vocab_size,
     largest,
     temperature,
-    least_logit,
+    least,
     cut,
     counts_tokens,
     BLOCK: tl.constexpr,
     MAX_LISTED: tl.constexpr,
 ):
-    """What the tokens whose keys are `cut` or more hold: their number, or their mass."""
+    """What the listed tokens whose keys are `cut` or more hold: their number, or their mass. Where
+    there is no list: of all tokens.
+    """
     held = tl.zeros([BLOCK], tl.int64)
     if num_listed <= MAX_LISTED:
         for start in range(0, num_listed, BLOCK):
@@ -90,8 +245,8 @@ def _held(
         for start in range(0, vocab_size, BLOCK):
             offs = start + tl.arange(0, BLOCK)
             mask = offs < vocab_size
-            scaled = _scaled(row_ptr, offs, mask, largest, temperature)
-            is_held = mask & (scaled >= least_logit) & (ordered_keys(scaled, offs) >= cut)
+            scaled = load_scaled(row_ptr, offs, mask, largest, temperature)
+            is_held = mask & (scaled >= least) & (ordered_keys(scaled, offs) >= cut)
             if counts_tokens:
                 held += tl.where(is_held, 1, 0).to(tl.int64)
             else:
@@ -100,14 +255,14 @@ def _held(
 
 
 @triton.jit
-def _edge(bin):
-    """The order of a bin's upper end, as in `ordered_keys`."""
+def _order_of_edge(bin):
+    """Of a bin's upper end, as in `ordered_keys`."""
     bits = (bin.to(tl.float32) * (-1.0 / _BINS_PER_LOGIT) + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["num_parts"])
-def cut_rows_kernel(
+def find_cut_kernel(
     # tensors
     logits_ptr,
     positions_ptr,
@@ -116,6 +271,8 @@ def cut_rows_kernel(
     top_p_ptr,
     min_p_ptr,
     bests_ptr,
+    counts_ptr,
+    sums_ptr,
     listed_keys_ptr,
     listed_masses_ptr,
     least_keys_ptr,
@@ -124,75 +281,34 @@ def cut_rows_kernel(
     num_parts,
     stride_logits_row,
     BLOCK: tl.constexpr,
-    MAX_LISTED: tl.constexpr,
     MAX_PARTS: tl.constexpr,
+    MAX_LISTED: tl.constexpr,
 ):
     """One program, one row: the key of the last token that top-k and top-p keep."""
     row = tl.program_id(0).to(tl.int64)
+    tl.store(least_keys_ptr + row, _KEY_OF_NO_CUT)
+    if _has_cut(positions_ptr, temperatures_ptr, top_k_ptr, top_p_ptr, row) == 0:
+        return
     temperature = tl.load(temperatures_ptr + row)
     top_k = tl.load(top_k_ptr + row)
-    top_p = tl.load(top_p_ptr + row).to(tl.float64)
-    tl.store(least_keys_ptr + row, _KEY_OF_NO_CUT)
-    is_random = (tl.load(positions_ptr + row) >= 0) & (temperature >= _MIN_TEMPERATURE)
-    if (is_random & ((top_k > 0) | (top_p < 1.0))) == 0:
-        return
+    top_p = tl.load(top_p_ptr + row)
     row_ptr = logits_ptr + row * stride_logits_row
     keys_ptr = listed_keys_ptr + row * MAX_LISTED
     masses_ptr = listed_masses_ptr + row * MAX_LISTED
     largest = largest_of_parts(bests_ptr + row * MAX_PARTS, num_parts, MAX_PARTS)
-    least_logit = tl.log(tl.load(min_p_ptr + row).to(tl.float64)).to(tl.float32)
-
-    counts = tl.zeros([_BINS], tl.int32)
-    for start in range(0, vocab_size, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < vocab_size
-        scaled = _scaled(row_ptr, offs, mask, largest, temperature)
-        counts += tl.histogram(_bins(scaled), _BINS, mask=mask & (scaled >= least_logit))
-    num_tokens = tl.sum(counts, axis=0)
-    before = tl.cumsum(counts, axis=0)
-    bins = tl.arange(0, _BINS)
-    # the bin that holds the k-th; all bins where k cuts nothing
-    has_top_k = (top_k > 0) & (top_k < num_tokens)
-    last_bin = tl.sum((before < top_k).to(tl.int32), axis=0)
-    first_bin = last_bin
-    if has_top_k == 0:
-        # each bin's mass lies between those of its two ends
-        most = counts.to(tl.float32) * tl.exp(bins.to(tl.float32) * (-1.0 / _BINS_PER_LOGIT))
-        ratio = tl.where(bins == _BINS - 1, 0.0, 0.9394130)  # exp(-1 / 16)
-        limit = top_p.to(tl.float32)
-        most_before = tl.cumsum(most, axis=0)
-        least_before = tl.cumsum(most * ratio, axis=0)
-        total_most = tl.sum(most, axis=0)
-        total_least = tl.sum(most * ratio, axis=0)
-        is_before = least_before < limit * total_most * (1 + _DOUBT) + _DOUBT
-        last_bin = tl.minimum(tl.sum(is_before.to(tl.int32), axis=0), _BINS - 1)
-        is_before = most_before < limit * total_least * (1 - _DOUBT) - _DOUBT
-        first_bin = tl.minimum(tl.sum(is_before.to(tl.int32), axis=0), last_bin)
-    num_listed = tl.sum(tl.where(bins <= last_bin, counts, 0), axis=0)
-
-    total = tl.zeros([BLOCK], tl.int64)
-    at = 0
-    for start in range(0, vocab_size, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < vocab_size
-        scaled = _scaled(row_ptr, offs, mask, largest, temperature)
-        is_kept = mask & (scaled >= least_logit)
-        is_listed = is_kept & (_bins(scaled) <= last_bin) & (num_listed <= MAX_LISTED)
-        num_new = tl.sum(is_listed.to(tl.int32), axis=0)
-        if (num_new > 0) | ((has_top_k == 0) & (tl.max(scaled, axis=0) > -24.0)):
-            masses = tl.where(is_kept, _masses(scaled), 0)
-            total += masses
-            places = at + tl.cumsum(is_listed.to(tl.int32), axis=0) - 1
-            tl.store(keys_ptr + places, ordered_keys(scaled, offs), mask=is_listed)
-            tl.store(masses_ptr + places, masses, mask=is_listed)
-        at += num_new
-    # what one thread lists another one reads
-    tl.debug_barrier()
+    least = least_logit(min_p_ptr, row)
+    counts = tl.load(counts_ptr + row * _BINS + tl.arange(0, _BINS))
+    first_bin, last_bin, has_top_k = _bracket(counts, top_k, top_p)
+    first_listed, num_listed = _listed_bins(counts, first_bin, last_bin, has_top_k, top_p)
+    is_above = (tl.arange(0, _BINS) < first_listed) & (num_listed <= MAX_LISTED)
+    count_above = tl.sum(tl.where(is_above, counts, 0), axis=0).to(tl.int64)
+    mass = tl.load(sums_ptr + row * 3 + 1)
+    mass_above = tl.where(num_listed <= MAX_LISTED, tl.load(sums_ptr + row * 3 + 2), 0)
 
     cut = _KEY_OF_NO_CUT
-    low = tl.where(last_bin < _BINS - 1, _edge(last_bin + 1), _ORDER_OF_MINUS_INFINITY) << 32
-    high = (_edge(first_bin) << 32) + 0x7FFFFFFF
-    mass = tl.sum(total, axis=0)
+    low = tl.where(last_bin < _BINS - 1, _order_of_edge(last_bin + 1), _ORDER_OF_MINUS_INFINITY)
+    low = low << 32
+    high = (_order_of_edge(first_bin) << 32) + 0x7FFFFFFF
     if has_top_k:
         while low < high:
             middle = low + (high - low + 1) // 2
@@ -204,18 +320,20 @@ def cut_rows_kernel(
                 vocab_size,
                 largest,
                 temperature,
-                least_logit,
+                least,
                 middle,
                 True,
                 BLOCK,
                 MAX_LISTED,
             )
-            if held >= top_k:
+            if count_above + held >= top_k:
                 low = middle
             else:
                 high = middle - 1
         cut = low
-        high = (_edge(tl.zeros_like(last_bin)) << 32) + 0x7FFFFFFF
+        # top-p goes on among what is kept, of which all is listed then
+        high = (_order_of_edge(tl.zeros_like(last_bin)) << 32) + 0x7FFFFFFF
+        mass_above = tl.zeros_like(mass_above)
         mass = _held(
             row_ptr,
             keys_ptr,
@@ -224,7 +342,7 @@ def cut_rows_kernel(
             vocab_size,
             largest,
             temperature,
-            least_logit,
+            least,
             cut,
             False,
             BLOCK,
@@ -232,7 +350,7 @@ def cut_rows_kernel(
         )
     if top_p < 1.0:
         # one unit: the most likely token always stays
-        wanted = tl.maximum(top_p * mass.to(tl.float64), 1.0)
+        wanted = tl.maximum(top_p.to(tl.float64) * mass.to(tl.float64), 1.0)
         while low < high:
             middle = low + (high - low + 1) // 2
             held = _held(
@@ -243,13 +361,13 @@ def cut_rows_kernel(
                 vocab_size,
                 largest,
                 temperature,
-                least_logit,
+                least,
                 middle,
                 False,
                 BLOCK,
                 MAX_LISTED,
             )
-            if held.to(tl.float64) >= wanted:
+            if (mass_above + held).to(tl.float64) >= wanted:
                 low = middle
             else:
                 high = middle - 1
@@ -257,11 +375,21 @@ def cut_rows_kernel(
     tl.store(least_keys_ptr + row, cut)
 
 
-def cut_rows(logits: Tensor, rows: NextTokens, bests: Tensor, num_parts: int) -> Tensor:
-    """The least key (`ordered_keys`) that each row keeps, one launch.
+def cut_rows(
+    logits: Tensor,
+    rows: NextTokens,
+    bests: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    num_parts: int,
+    part_size: int,
+) -> Tensor:
+    """The least key (`ordered_keys`) that each row keeps; three launches.
 
     Args:
         bests: [rows, MAX_PARTS] float32: the largest logit of each of the row's `num_parts` parts.
+        counts: [rows, NUM_BINS] int32, zeros.
+        sums: [rows, 3] int64, zeros.
 
     Returns:
         [rows] int64.
@@ -271,7 +399,7 @@ def cut_rows(logits: Tensor, rows: NextTokens, bests: Tensor, num_parts: int) ->
         torch.empty(num_rows, MAX_LISTED, dtype=torch.int64, device=logits.device) for _ in range(2)
     )
     least_keys = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    cut_rows_kernel[(num_rows,)](
+    given = (
         logits,
         rows.positions,
         rows.temperatures,
@@ -279,6 +407,25 @@ def cut_rows(logits: Tensor, rows: NextTokens, bests: Tensor, num_parts: int) ->
         rows.top_p,
         rows.min_p,
         bests,
+        counts,
+    )
+    grid = (num_rows, num_parts)
+    sizes = (vocab_size, part_size, logits.stride(0))
+    count_bins_kernel[grid](*given, *sizes, BLOCK=BLOCK, MAX_PARTS=MAX_PARTS, num_warps=NUM_WARPS)
+    list_likely_kernel[grid](
+        *given,
+        sums,
+        keys,
+        masses,
+        *sizes,
+        BLOCK=BLOCK,
+        MAX_PARTS=MAX_PARTS,
+        MAX_LISTED=MAX_LISTED,
+        num_warps=NUM_WARPS,
+    )
+    find_cut_kernel[(num_rows,)](
+        *given,
+        sums,
         keys,
         masses,
         least_keys,
@@ -286,8 +433,8 @@ def cut_rows(logits: Tensor, rows: NextTokens, bests: Tensor, num_parts: int) ->
         num_parts,
         logits.stride(0),
         BLOCK=BLOCK,
-        MAX_LISTED=MAX_LISTED,
         MAX_PARTS=MAX_PARTS,
-        num_warps=NUM_WARPS,
+        MAX_LISTED=MAX_LISTED,
+        num_warps=FIND_WARPS,
     )
     return least_keys

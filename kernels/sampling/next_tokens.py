@@ -1,8 +1,9 @@
 """Triton: the next token of every row of a running batch, by kernels that a graph can hold.
 
 A row's vocabulary is cut into parts, one program each: `best_parts_kernel` finds the most likely
-token of every part, `draw_parts_kernel` the one whose logit plus noise is largest, and
-`feed_back_kernel` the best of all parts, which becomes the row's next token on the device.
+token of every part; `near_parts_kernel` how large logit plus noise becomes there, and
+`draw_parts_kernel` the token where it is largest; `feed_back_kernel` the best of all parts, which
+becomes the row's next token on the device. `likely` says what top-k and top-p leave.
 """
 
 import torch
@@ -10,14 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scission.kernels.sampling.likely import MAX_PARTS, cut_rows, largest_of_parts, ordered_keys
+from scission.kernels.sampling.likely import (
+    MAX_PARTS,
+    NUM_BINS,
+    cut_rows,
+    largest_of_parts,
+    least_logit,
+    load_scaled,
+    ordered_keys,
+)
 from scission.kernels.sampling.reference import MIN_TEMPERATURE, NextTokens
 
 BLOCK = 1024
 NUM_WARPS = 4
 FEED_WARPS = 1
-# programs that fill a device's multiprocessors twice
-_WANTED_PROGRAMS = 256
+# programs that keep a device's multiprocessors busy with loads
+_WANTED_PROGRAMS = 2048
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 _MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
@@ -26,10 +35,9 @@ _DOUBT = tl.constexpr(1e-3)
 _UNIT = tl.constexpr(2.0**-32)
 
 
-def num_parts(num_rows: int) -> int:
-    """Of every row's vocabulary, by the number of rows alone: a power of two."""
-    wanted = -(-_WANTED_PROGRAMS // num_rows)
-    return min(MAX_PARTS, 1 << (wanted - 1).bit_length())
+def num_parts(num_rows: int, vocab_size: int) -> int:
+    """Of every row's vocabulary."""
+    return min(MAX_PARTS, -(-_WANTED_PROGRAMS // num_rows), -(-vocab_size // BLOCK))
 
 
 @triton.jit
@@ -39,18 +47,29 @@ def best_parts_kernel(
     positions_ptr,
     bests_ptr,
     tokens_ptr,
+    bin_counts_ptr,
+    bin_sums_ptr,
     # sizes, strides in elements, meta-parameters
     vocab_size,
     part_size,
     stride_logits_row,
     BLOCK: tl.constexpr,
     MAX_PARTS: tl.constexpr,
+    NUM_BINS: tl.constexpr,
 ):
-    """One program, one part of a row: its largest logit, and the lowest token that has it."""
+    """One program, one part of a row: its largest logit, and the lowest token that has it.
+
+    A row's first program clears what `likely` counts in.
+    """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     if tl.load(positions_ptr + row) < 0:
         return
+    if part == 0:
+        bins = tl.arange(0, NUM_BINS)
+        tl.store(bin_counts_ptr + row * NUM_BINS + bins, tl.zeros([NUM_BINS], tl.int32))
+        sums = tl.arange(0, 4)
+        tl.store(bin_sums_ptr + row * 3 + sums, tl.zeros([4], tl.int64), mask=sums < 3)
     first = part * part_size
     end = tl.minimum(first + part_size, vocab_size)
     bests = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -99,6 +118,54 @@ def _exact_noise(bits):
 
 
 @triton.jit
+def near_parts_kernel(
+    # tensors
+    logits_ptr,
+    positions_ptr,
+    temperatures_ptr,
+    seeds_ptr,
+    choices_ptr,
+    counts_ptr,
+    min_p_ptr,
+    least_keys_ptr,
+    bests_ptr,
+    # sizes, strides in elements, meta-parameters
+    vocab_size,
+    part_size,
+    stride_logits_row,
+    BLOCK: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+):
+    """One program, one part of a row: the largest of logit by temperature plus noise, nearly.
+
+    `bests` [3, rows, MAX_PARTS]: the most likely tokens' logits are read, the second are written.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    temperature = tl.load(temperatures_ptr + row)
+    if (tl.load(positions_ptr + row) < 0) | (temperature < _MIN_TEMPERATURE):
+        return
+    largest = largest_of_parts(bests_ptr + row * MAX_PARTS, tl.num_programs(1), MAX_PARTS)
+    seed = tl.load(seeds_ptr + row).to(tl.uint64)
+    choice = tl.load(choices_ptr + row)
+    count = tl.load(counts_ptr + row)
+    least = least_logit(min_p_ptr, row)
+    least_key = tl.load(least_keys_ptr + row)
+    first = part * part_size
+    end = tl.minimum(first + part_size, vocab_size)
+    bests = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(first, end, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < end
+        scaled = load_scaled(logits_ptr + row * stride_logits_row, offs, mask, largest, temperature)
+        is_kept = mask & (scaled >= least) & (ordered_keys(scaled, offs) >= least_key)
+        noise = _near_noise(_draw_bits(seed, choice, count, start, BLOCK))
+        bests = tl.maximum(bests, tl.where(is_kept, scaled + noise, float("-inf")))
+    at = (tl.num_programs(0) + row) * MAX_PARTS + part
+    tl.store(bests_ptr + at, tl.max(bests, axis=0))
+
+
+@triton.jit
 def draw_parts_kernel(
     # tensors
     logits_ptr,
@@ -118,20 +185,29 @@ def draw_parts_kernel(
     BLOCK: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):
-    """One program, one part of a row: the largest of logit by temperature plus noise.
+    """One program, one part of a row: the largest of logit by temperature plus noise, exactly.
 
-    `bests` [2, rows, MAX_PARTS]: the most likely tokens' logits are read, the draws' are written.
+    Double precision is slow: it looks only at blocks that can hold the row's largest. Of `bests`
+    [3, rows, MAX_PARTS] the first two are read, the third is written, as `tokens` [2, rows,
+    MAX_PARTS]' second.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    num_rows = tl.num_programs(0)
     temperature = tl.load(temperatures_ptr + row)
     if (tl.load(positions_ptr + row) < 0) | (temperature < _MIN_TEMPERATURE):
+        return
+    tl.store(bests_ptr + (2 * num_rows + row) * MAX_PARTS + part, float("-inf"))
+    tl.store(tokens_ptr + (num_rows + row) * MAX_PARTS + part, _NO_TOKEN)
+    near_ptr = bests_ptr + (num_rows + row) * MAX_PARTS
+    enough = largest_of_parts(near_ptr, tl.num_programs(1), MAX_PARTS) - _DOUBT
+    if tl.load(near_ptr + part) < enough:
         return
     largest = largest_of_parts(bests_ptr + row * MAX_PARTS, tl.num_programs(1), MAX_PARTS)
     seed = tl.load(seeds_ptr + row).to(tl.uint64)
     choice = tl.load(choices_ptr + row)
     count = tl.load(counts_ptr + row)
-    min_logit = tl.log(tl.load(min_p_ptr + row).to(tl.float64)).to(tl.float32)
+    least = least_logit(min_p_ptr, row)
     least_key = tl.load(least_keys_ptr + row)
     first = part * part_size
     end = tl.minimum(first + part_size, vocab_size)
@@ -140,21 +216,18 @@ def draw_parts_kernel(
     for start in range(first, end, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < end
-        values = tl.load(logits_ptr + row * stride_logits_row + offs, mask=mask, other=0.0)
-        scaled = tl.div_rn(values - largest, tl.zeros_like(values) + temperature)
-        is_kept = mask & (scaled >= min_logit) & (ordered_keys(scaled, offs) >= least_key)
+        scaled = load_scaled(logits_ptr + row * stride_logits_row, offs, mask, largest, temperature)
+        is_kept = mask & (scaled >= least) & (ordered_keys(scaled, offs) >= least_key)
         bits = _draw_bits(seed, choice, count, start, BLOCK)
         near = tl.where(is_kept, scaled + _near_noise(bits), float("-inf"))
-        # double precision is slow: only where it can change who wins
-        if tl.max(near, axis=0) > best - _DOUBT:
+        if tl.max(near, axis=0) >= enough:
             noisy = tl.where(is_kept, scaled + _exact_noise(bits), float("-inf"))
             block_best = tl.max(noisy, axis=0)
             if block_best > best:
                 best = block_best
                 token = tl.min(tl.where(noisy == block_best, offs, _NO_TOKEN), axis=0)
-    at = (tl.num_programs(0) + row) * MAX_PARTS + part
-    tl.store(bests_ptr + at, best)
-    tl.store(tokens_ptr + at, token)
+    tl.store(bests_ptr + (2 * num_rows + row) * MAX_PARTS + part, best)
+    tl.store(tokens_ptr + (num_rows + row) * MAX_PARTS + part, token)
 
 
 @triton.jit(do_not_specialize=["num_parts"])
@@ -180,9 +253,12 @@ def feed_back_kernel(
         return
     is_random = tl.load(temperatures_ptr + row) >= _MIN_TEMPERATURE
     parts = tl.arange(0, MAX_PARTS)
-    at = tl.where(is_random, tl.num_programs(0) + row, row) * MAX_PARTS + parts
-    bests = tl.load(bests_ptr + at, mask=parts < num_parts, other=float("-inf"))
-    tokens = tl.load(part_tokens_ptr + at, mask=parts < num_parts, other=_NO_TOKEN)
+    num_rows = tl.num_programs(0)
+    best_row = tl.where(is_random, 2 * num_rows + row, row)
+    token_row = tl.where(is_random, num_rows + row, row)
+    mask = parts < num_parts
+    bests = tl.load(bests_ptr + best_row * MAX_PARTS + parts, mask=mask, other=float("-inf"))
+    tokens = tl.load(part_tokens_ptr + token_row * MAX_PARTS + parts, mask=mask, other=_NO_TOKEN)
     token = tl.min(tl.where(bests == tl.max(bests, axis=0), tokens, _NO_TOKEN), axis=0)
     # logits that are no numbers have no best token; what follows reads tables by it
     token = tl.minimum(token, vocab_size - 1)
@@ -193,44 +269,49 @@ def feed_back_kernel(
     tl.store(counts_ptr + row, tl.load(counts_ptr + row) + 1)
 
 
-def draw_next(logits: Tensor, rows: NextTokens) -> None:
-    """Four launches, of which greedy rows leave two at once; see the package's function."""
+def draw_next(logits: Tensor, rows: NextTokens, *, is_greedy: bool) -> None:
+    """See the package's function of the same name: two launches for greedy rows, else seven."""
     num_rows, vocab_size = logits.shape
-    parts = num_parts(num_rows)
+    device = logits.device
+    parts = num_parts(num_rows, vocab_size)
     part_size = triton.cdiv(triton.cdiv(vocab_size, parts), BLOCK) * BLOCK
-    bests = torch.empty(2, num_rows, MAX_PARTS, dtype=torch.float32, device=logits.device)
-    tokens = torch.empty(2, num_rows, MAX_PARTS, dtype=torch.int32, device=logits.device)
+    bests = torch.empty(3, num_rows, MAX_PARTS, dtype=torch.float32, device=device)
+    tokens = torch.empty(2, num_rows, MAX_PARTS, dtype=torch.int32, device=device)
+    counts = torch.empty(num_rows, NUM_BINS, dtype=torch.int32, device=device)
+    sums = torch.empty(num_rows, 3, dtype=torch.int64, device=device)
     grid = (num_rows, parts)
+    sizes = (vocab_size, part_size, logits.stride(0))
     best_parts_kernel[grid](
         logits,
         rows.positions,
         bests,
         tokens,
-        vocab_size,
-        part_size,
-        logits.stride(0),
+        counts,
+        sums,
+        *sizes,
         BLOCK=BLOCK,
         MAX_PARTS=MAX_PARTS,
+        NUM_BINS=NUM_BINS,
         num_warps=NUM_WARPS,
     )
-    draw_parts_kernel[grid](
-        logits,
-        rows.positions,
-        rows.temperatures,
-        rows.seeds,
-        rows.choices,
-        rows.counts,
-        rows.min_p,
-        cut_rows(logits, rows, bests[0], parts),
-        bests,
-        tokens,
-        vocab_size,
-        part_size,
-        logits.stride(0),
-        BLOCK=BLOCK,
-        MAX_PARTS=MAX_PARTS,
-        num_warps=NUM_WARPS,
-    )
+    if not is_greedy:
+        given = (
+            logits,
+            rows.positions,
+            rows.temperatures,
+            rows.seeds,
+            rows.choices,
+            rows.counts,
+            rows.min_p,
+            cut_rows(logits, rows, bests[0], counts, sums, parts, part_size),
+            bests,
+        )
+        near_parts_kernel[grid](
+            *given, *sizes, BLOCK=BLOCK, MAX_PARTS=MAX_PARTS, num_warps=NUM_WARPS
+        )
+        draw_parts_kernel[grid](
+            *given, tokens, *sizes, BLOCK=BLOCK, MAX_PARTS=MAX_PARTS, num_warps=NUM_WARPS
+        )
     feed_back_kernel[(num_rows,)](
         bests,
         tokens,

@@ -43,7 +43,7 @@ def check(logits: Tensor, rows: NextTokens) -> None:
 
     expected = copy_of(rows)
     reference.draw_next_(logits, expected)
-    draw_next(logits, rows)
+    draw_next(logits, rows, is_greedy=not bool(rows.temperatures.any()))
     for field in fields(rows):
         assert torch.equal(getattr(rows, field.name), getattr(expected, field.name)), field.name
 
@@ -118,7 +118,8 @@ def test_logits_that_are_no_numbers_give_a_token_of_the_vocabulary(
     from scission.kernels.sampling.next_tokens import draw_next
 
     rows = rows_of(2, kernel_device, temperatures=[0.0, 1.0])
-    draw_next(torch.full((2, 100), float("nan"), device=kernel_device), rows)
+    nothing = torch.full((2, 100), float("nan"), device=kernel_device)
+    draw_next(nothing, rows, is_greedy=False)
     assert all(0 <= token < 100 for token in rows.token_ids.tolist())
 
 

@@ -121,8 +121,8 @@ def test_replayed_steps_of_a_model_are_its_eager_ones_bit_for_bit(tmp_path: Path
 
 
 def _watched(replay: Any, logits: list[Tensor]) -> Any:
-    def watched() -> Tensor:
-        result: Tensor = replay()
+    def watched(is_greedy: bool) -> Tensor:
+        result: Tensor = replay(is_greedy)
         logits.append(result.clone())
         return result
 

@@ -150,7 +150,7 @@ def test_a_step_that_breaks_off_leaves_no_row_behind(
     script.step()
     assert isinstance(script.steps, CapturedSteps)
     with monkeypatch.context() as patched:
-        patched.setattr(script.steps, "_replay", lambda: 1 / 0)
+        patched.setattr(script.steps, "_replay", lambda is_greedy: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             script.step()
     script.under_way.clear()
@@ -201,8 +201,8 @@ def logits_of_play(monkeypatch: pytest.MonkeyPatch, has_graphs: bool) -> list[to
         assert bool(steps._graphs) == has_graphs
         replay = steps._replay
 
-        def watched() -> torch.Tensor:
-            logits: torch.Tensor = replay()
+        def watched(is_greedy: bool) -> torch.Tensor:
+            logits: torch.Tensor = replay(is_greedy)
             seen.append(logits.clone())
             return logits
 
