@@ -104,9 +104,17 @@ def linear_grouped(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     fits = not (codes.shape[0] // x.shape[1]) % FP8_BLOCK
     if target is None or not fits or not can_run(x.device, x.dtype, x.shape[2]):
         return reference.linear_grouped(x, codes, scales)
-    from scission.kernels.linear import block_fp8
+    from scission.kernels.linear import block_fp8, decode_blocks
 
-    return block_fp8.linear_grouped(_with_unit_stride(x), codes, scales.contiguous(), target)
+    scales = scales.contiguous()
+    if x.shape[0] <= block_fp8.MAX_GROUPED_ROWS:
+        return block_fp8.linear_grouped(_with_unit_stride(x), codes, scales, target)
+    # what rounds no input takes no codes: bfloat16 at the library's rate
+    num_groups, group_dim = x.shape[1:]
+    w = decode_blocks.decode_blocks(codes, scales).view(num_groups, -1, group_dim)
+    out = torch.empty(*x.shape[:2], w.shape[1], dtype=x.dtype, device=x.device)
+    torch.bmm(x.transpose(0, 1), w.mT, out=out.transpose(0, 1))
+    return out
 
 
 def linear_bf16(x: Tensor, w: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -42,6 +42,8 @@ _TILES = (
     Tile(64, 64, 4, is_weight_left=False),
     Tile(128, 64, 4, is_weight_left=False),
 )
+# more rows of groups are multiplied by the library, over decoded weights
+MAX_GROUPED_ROWS = 128
 
 
 def tiles(target: Target) -> tuple[Tile, ...]:

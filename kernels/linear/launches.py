@@ -5,7 +5,13 @@ from typing import Any, get_args
 
 import triton.language as tl
 
-from scission.kernels.linear import block_fp8, quantize_input, split_sums, stream_bf16
+from scission.kernels.linear import (
+    block_fp8,
+    decode_blocks,
+    quantize_input,
+    split_sums,
+    stream_bf16,
+)
 from scission.kernels.linear.rows import Scaling
 from scission.kernels.target import Target
 
@@ -30,6 +36,13 @@ def launches(target: Target) -> Iterator[tuple[Any, Mapping[str, str], Mapping[s
             },
             quantize_input.NUM_WARPS,
         )
+    yield (
+        decode_blocks.decode_blocks_kernel,
+        {"codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "out_ptr": "*bf16"}
+        | {"out_features": "i32:16", "num_blocks": "i32:16"},
+        {},
+        decode_blocks.NUM_WARPS,
+    )
     quantized_type = block_fp8.dot_type(target, is_quantized=True)
     for tile in block_fp8.tiles(target):
         for kind in ("blocks", "static"):

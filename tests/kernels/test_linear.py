@@ -8,6 +8,7 @@ from scission.kernels.linear import (
     QuantizedRows,
     Scaling,
     block_fp8,
+    decode_blocks,
     linear_bf16,
     linear_block_fp8,
     linear_grouped,
@@ -18,7 +19,7 @@ from scission.kernels.linear import (
     split_sums,
     stream_bf16,
 )
-from scission.kernels.quant import quantize_block_fp8, ue8m0_to_float
+from scission.kernels.quant import dequantize_block_fp8, quantize_block_fp8, ue8m0_to_float
 from scission.kernels.target import Target, target_of
 from scission.kernels.testing import relative_error
 
@@ -179,6 +180,16 @@ def test_splits_leave_no_program_without_a_block(num_tiles: int, num_blocks: int
     assert (split - 1) * blocks_per_split < num_blocks
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("outputs", [128, 200])
+def test_decoded_blocks_equal_the_reference(
+    outputs: int, kernel_device: torch.device, kernel_target: Target
+) -> None:
+    _, codes, scales = _case(1, outputs, 384, kernel_device)
+    expected = dequantize_block_fp8(codes, scales).to(torch.bfloat16)
+    assert torch.equal(decode_blocks.decode_blocks(codes, scales), expected)
+
+
 def test_rows_of_a_wider_tensor_are_read_where_they_lie(
     kernel_device: torch.device, kernel_target: Target
 ) -> None:
@@ -252,14 +263,50 @@ def test_linear_equals_its_reference_at_real_shapes(
 
 
 @pytest.mark.gpu
-def test_a_captured_linear_replays_the_eager_one_bit_for_bit() -> None:
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rows", [1, 9, 64, 100, 1000])
+def test_groups_equal_their_reference_at_real_shapes(rows: int) -> None:
+    x, codes, scales = _case(rows * 8, 8 * 1024, 4096, torch.device("cuda", 0))
+    x = x.view(rows, 8, 4096)
+    first = linear_grouped(x, codes, scales)
+    assert relative_error(first, reference.linear_grouped(x, codes, scales)) <= TOLERANCE
+    assert torch.equal(linear_grouped(x, codes, scales), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", [(1, 151936, 4096), (30, 2688, 4096), (200, 2560, 4096)], ids=str)
+def test_bfloat16_weights_equal_their_reference_at_real_shapes(shape: tuple[int, int, int]) -> None:
+    rows, outputs, inputs = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, w = (
+        torch.randn(n, inputs, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for n in (rows, outputs)
+    )
+    logits = linear_bf16(x, w, torch.float32)
+    assert relative_error(logits, reference.linear_bf16(x, w, torch.float32)) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 40, 200])
+def test_captured_layers_replay_the_eager_ones_bit_for_bit(rows: int) -> None:
+    """Each launch depends on the one before, among them one of no kernel of ours."""
     device = torch.device("cuda", 0)
     assert target_of(device) is not None
-    x, codes, scales = _case(5, 4096, 4096, device)
-    rows = quantize_rows(x, "ue8m0")
-    eager = linear_block_fp8(rows, codes, scales)
+    x, codes, scales = _case(rows, 4096, 4096, device)
+    kept = torch.zeros_like(x)
+
+    def step() -> Tensor:
+        kept.copy_(x)
+        y = linear_block_fp8(quantize_rows(kept, "dynamic"), codes, scales)
+        return linear_block_fp8(quantize_rows(y, "ue8m0"), codes, scales)
+
+    eager = step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = linear_block_fp8(rows, codes, scales)
-    graph.replay()
-    assert torch.equal(captured, eager)
+        captured = step()
+    for _ in range(3):
+        kept.zero_()
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, eager)
