@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from scission.kernels.activation import launches as activation_launches
 from scission.kernels.attention import launches as attention_launches
 from scission.kernels.cache import launches as cache_launches
 from scission.kernels.compressor import launches as compressor_launches
@@ -21,6 +22,7 @@ from scission.kernels.latents import launches as latent_launches
 from scission.kernels.linear import block_fp8
 from scission.kernels.linear import launches as linear_launches
 from scission.kernels.moe import group_rows, grouped_fp4
+from scission.kernels.norm import launches as norm_launches
 from scission.kernels.sampling import launches as sampling_launches
 from scission.kernels.target import Target
 
@@ -191,8 +193,12 @@ def _dense_attention(target: Target) -> Iterator[Launch]:
             {"HEAD_DIM": 128, "HAS_SINK": has_sink},
             listed_rows.ADD_WARPS,
         )
-    for launch_of_heads in heads_launches.launches(target):
-        yield Launch(*launch_of_heads)
+    for launch in (
+        *heads_launches.launches(target),
+        *norm_launches.launches(target),
+        *activation_launches.launches(target),
+    ):
+        yield Launch(*launch)
 
 
 def _decode_steps() -> Iterator[Launch]:

@@ -7,7 +7,7 @@ from scission.common.layers.linear import Linear, axis_shard
 from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
 from scission.common.layers.row_input import RowInput, input_of
 from scission.common.parallel.ranks import Axis
-from scission.kernels.activation import silu_mul
+from scission.kernels.activation import silu_mul, silu_mul_rows
 from scission.kernels.linear import QuantizedRows
 
 
@@ -50,4 +50,7 @@ class GatedMLP:
 
     def partial(self, x: Tensor | QuantizedRows) -> Tensor:
         """This rank's share of the sum."""
-        return self._down(silu_mul(self._gate_up(x), self._limit))
+        gate_up, wanted = self._gate_up(x), input_of(self._down)
+        if wanted.scaling is None:
+            return self._down(silu_mul(gate_up, self._limit))
+        return self._down(silu_mul_rows(gate_up, self._limit, wanted.scaling, wanted.static_scale))

@@ -1,9 +1,12 @@
 """RMSNorm, alone and with the residual sum before it: fp32 inside, one cast at the end."""
 
+import torch
 from torch import Tensor
 
 from scission.kernels.linear import QuantizedRows, Scaling, quantize_rows
 from scission.kernels.norm import reference
+from scission.kernels.quant import FP8_BLOCK
+from scission.kernels.target import target_of
 
 __all__ = ["add_norm", "rms_norm"]
 
@@ -47,6 +50,15 @@ def add_norm(
     _check_weight(x, weight)
     if x.dim() != 2 or (y is not None and (y.shape != x.shape or y.dtype != x.dtype)):
         raise ValueError(f"x must be [num_tokens, d] and y like it, got {list(x.shape)}")
+    target = target_of(x.device)
+    if target is not None and x.dtype == torch.bfloat16 and x.shape[1] % FP8_BLOCK == 0:
+        # only where a kernel is launched is Triton needed
+        from scission.kernels.norm import add_rows
+
+        y = y.contiguous() if y is not None else None
+        return add_rows.add_norm(
+            x.contiguous(), y, weight, eps, quantizes, static_scale, keeps_values, target
+        )
     total = x if y is None else x + y
     normed = reference.rms_norm(total, weight, eps)
     if quantizes is None:

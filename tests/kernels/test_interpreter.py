@@ -12,6 +12,7 @@ FILES = (
     "test_fp4_experts.py",
     "test_dense_attention.py",
     "test_attend_heads.py",
+    "test_dense_rows.py",
     "test_coded_layers.py",
     "test_next_tokens.py",
     "test_decode_rows.py",
