@@ -192,6 +192,8 @@ class HttpOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    # a second one, this gateway's alone; `port` may then be shared with others of this host
+    own_port: int | None = None
     root_path: str = ""  # behind a proxy that strips a prefix
     allowed_origins: tuple[str, ...] = ()  # CORS; empty: none
     max_body_bytes: int = 16 << 20
@@ -206,6 +208,8 @@ class HttpOptions:
 
     def __post_init__(self) -> None:
         _require_port("port", self.port)
+        if self.own_port is not None:
+            _require_port("own_port", self.own_port)
         for name in ("max_body_bytes", "max_choices", "request_timeout_s", "keep_alive_s"):
             _require_positive(name, getattr(self, name))
         _require_not_negative("max_logprobs", self.max_logprobs)

@@ -3,8 +3,12 @@
 import socket
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
     """A socket that listens as our servers do: a port whose last connections still linger is free.
+
+    Args:
+        is_shared: other processes of this user may listen there too, if they say so as well; the
+            kernel deals connections out among them.
 
     Raises:
         OSError: the address is taken, not this machine's, or no address.
@@ -13,6 +17,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
         listener.listen(1)
     except OSError:

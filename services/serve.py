@@ -1,7 +1,7 @@
-"""`scission serve`: gateway, prefills and decodes as child processes of one supervisor.
+"""`scission serve`: gateways, prefills and decodes as child processes of one supervisor.
 
 Each child's lines come out under its name; one that dies after the stack was ready is started
-again, as a new epoch. SIGTERM and SIGINT drain: the gateway first, since it feeds the others.
+again, as a new epoch. SIGTERM and SIGINT drain: gateways first, since they feed the others.
 """
 
 import asyncio
@@ -44,6 +44,7 @@ class ChildSpec:
     role: Role
     command: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)  # besides ours
+    own_port: int | None = None  # of a gateway that shares --port with others
 
 
 def serve(settings: Settings) -> int:
@@ -75,13 +76,28 @@ def plan_children(settings: Settings, num_gpus: int) -> list[ChildSpec]:
     if settings["threads"] is None:
         threads = max(1, (os.cpu_count() or 1) // len(workers))
         settings = settings.with_values("serve", threads=threads)
-    children = [ChildSpec("gateway", Role.GATEWAY, _command(Role.GATEWAY, settings))]
+    children = _gateways(settings)
     for index, (role, number) in enumerate(workers):
         environment = {}
         if uses_gpus and num_gpus > 1 and not _names_devices(os.environ):
             environment = {"CUDA_VISIBLE_DEVICES": str(index % num_gpus)}
         command = _command(role, settings)
         children.append(ChildSpec(f"{role}-{number}", role, command, environment))
+    return children
+
+
+def _gateways(settings: Settings) -> list[ChildSpec]:
+    """One on the port, or several that share it and have another each for who means one of them."""
+    count = settings["num_gateways"]
+    if count == 1:
+        return [ChildSpec("gateway", Role.GATEWAY, _command(Role.GATEWAY, settings))]
+    children = []
+    for i, address in enumerate(settings["gateway"]):
+        own_port = free_port(settings["host"])
+        registry_port = int(address.rpartition(":")[2])
+        own = settings.with_values("serve", own_port=own_port, registry_port=registry_port)
+        command = _command(Role.GATEWAY, own)
+        children.append(ChildSpec(f"gateway-{i}", Role.GATEWAY, command, own_port=own_port))
     return children
 
 
@@ -215,8 +231,10 @@ class Supervisor:
     async def _announce(self) -> None:
         started = time.monotonic()
         host, port = _reachable(self._settings["host"]), self._settings["port"]
-        while not await asyncio.to_thread(_answers_ready, host, port):
-            await asyncio.sleep(READY_POLL_S)
+        gateways = [c.spec for c in self._children if c.spec.role is Role.GATEWAY]
+        for own_port in [gateway.own_port or port for gateway in gateways]:
+            while not await asyncio.to_thread(_answers_ready, host, own_port):
+                await asyncio.sleep(READY_POLL_S)
         self._is_ready = True
         name = self._settings["served_model_name"][0]
         shown = f"[{host}]" if ":" in host else host
@@ -248,7 +266,18 @@ def _command(role: Role, settings: Settings) -> tuple[str, ...]:
 
 
 def _fill_in(settings: Settings) -> Settings:
-    """Resolve the model and choose what was left open, the same for all processes."""
+    """Resolve the model and choose what was left open, the same for all processes.
+
+    Raises:
+        ConfigError: one gateway's ports are given, but several gateways are to be started.
+    """
+    if settings["num_gateways"] > 1:
+        for name in ("gateway", "registry_port", "own_port"):
+            if not settings.values[name].is_default:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} names one gateway's port; "
+                    f"{settings['num_gateways']} gateways choose theirs"
+                )
     folder, name = resolve_model(settings["model"])
     settings = settings.with_values("serve", model=str(folder.resolve()))
     if not settings["served_model_name"]:
@@ -261,8 +290,11 @@ def _fill_in(settings: Settings) -> Settings:
     if settings.values["gateway"].is_default:
         host = _reachable(registry_host)
         address = f"[{host}]" if ":" in host else host
-        port = settings["registry_port"]
-        settings = settings.with_values("serve", gateway=(f"{address}:{port}",))
+        others = [free_port(registry_host) for _ in range(settings["num_gateways"] - 1)]
+        ports = [settings["registry_port"], *others]
+        settings = settings.with_values(
+            "serve", gateway=tuple(f"{address}:{port}" for port in ports)
+        )
     return settings
 
 

@@ -21,13 +21,14 @@ ENVIRONMENT_PREFIX = "SCISSION_"
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """How many workers `scission serve` starts."""
+    """How many processes `scission serve` starts."""
 
     prefill: int = 1
     decode: int = 1
+    num_gateways: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("prefill", "decode"):
+        for name in ("prefill", "decode", "num_gateways"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -147,6 +148,11 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("serve.prefill", "prefill workers that `serve` starts"),
     _setting("serve.decode", "decode workers that `serve` starts"),
     _setting(
+        "serve.num_gateways",
+        "gateways that `serve` starts, on one port",
+        aliases=("--api-server-count",),
+    ),
+    _setting(
         "source.model",
         "folder or hub id of the model; without one, the bundled model",
         aliases=("--model-path",),
@@ -230,6 +236,10 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("chat.reasoning_parser", "how thoughts are marked; auto: as the template shows"),
     _setting("http.host", "address that the gateway serves HTTP on"),
     _setting("http.port", "port of it"),
+    _setting(
+        "http.own_port",
+        "another port, of this gateway alone: others may share --port; 0: a free one",
+    ),
     _setting("http.root_path", "prefix that a proxy strips"),
     _setting("http.allowed_origins", "origins allowed by CORS; repeatable"),
     _setting("http.max_body_bytes", "of one request"),

@@ -81,12 +81,15 @@ class _Gateway:
         registry = rpc.make_server()
         cluster_pb2_grpc.add_RegistryServicer_to_server(cluster.registry, registry)
         registry_port = rpc.bind(registry, config.registry.host, config.registry.port)
-        with self._listen() as listener:
+        with self._listen() as listeners:
             await registry.start()
             logger.info(
                 "listening",
                 extra={
-                    "http": "http://" + rpc.join_address(*listener.getsockname()[:2]),
+                    "http": " ".join(
+                        "http://" + rpc.join_address(*listener.getsockname()[:2])
+                        for listener in listeners
+                    ),
                     "registry": rpc.join_address(config.registry.host, registry_port),
                     "epoch": f"{self._epoch:x}",
                 },
@@ -95,7 +98,7 @@ class _Gateway:
             gc.collect()
             gc.freeze()
             watching = asyncio.create_task(cluster.run(), name="watch workers")
-            serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
+            serving = asyncio.create_task(http.serve(sockets=listeners), name="http")
             waiting = asyncio.create_task(stopping.wait(), name="wait for a signal")
             done, _ = await asyncio.wait(
                 {watching, serving, waiting}, return_when=asyncio.FIRST_COMPLETED
@@ -152,14 +155,19 @@ class _Gateway:
         )
 
     @contextlib.contextmanager
-    def _listen(self) -> Iterator[socket.socket]:
-        host, port = self._config.http.host, self._config.http.port
-        try:
-            listener = listen(host, port)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
-        with listener:
-            yield listener
+    def _listen(self) -> Iterator[list[socket.socket]]:
+        options = self._config.http
+        ports = [options.port] if options.own_port is None else [options.port, options.own_port]
+        with contextlib.ExitStack() as stack:
+            listeners = []
+            for port in ports:
+                is_shared = len(ports) > 1 and port == options.port
+                try:
+                    listener = listen(options.host, port, is_shared=is_shared)
+                except OSError as error:
+                    raise ConfigError(f"cannot listen on {options.host}:{port}: {error}") from error
+                listeners.append(stack.enter_context(listener))
+            yield listeners
 
 
 class _HttpServer(uvicorn.Server):

@@ -12,10 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from scission.common.errors import ConfigError
 from scission.common.ports import free_port
 from scission.common.settings import Settings, read_settings
 from scission.common.types import Role
-from scission.services.serve import INTERRUPTED_STATUS, ChildSpec, Supervisor, plan_children
+from scission.services.serve import (
+    INTERRUPTED_STATUS,
+    ChildSpec,
+    Supervisor,
+    _fill_in,
+    plan_children,
+)
 
 GATEWAY = """
     import http.server, signal, sys, threading
@@ -220,6 +227,24 @@ def test_counts_and_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> Non
         "decode-1",
     ]
     assert all("--threads=2" in child.command for child in children)
+
+
+def test_gateways_share_the_port_and_each_has_its_own_beside_it() -> None:
+    settings = _fill_in(read_settings({"num_gateways": "3", "device": "cpu", "port": "8123"}, {}))
+    gateways = [c for c in plan_children(settings, num_gpus=0) if c.role is Role.GATEWAY]
+    assert [gateway.name for gateway in gateways] == ["gateway-0", "gateway-1", "gateway-2"]
+    assert all("--port=8123" in gateway.command for gateway in gateways)
+    own = {f"--own-port={gateway.own_port}" for gateway in gateways}
+    assert len(own) == 3
+    assert all(len(own & set(gateway.command)) == 1 for gateway in gateways)
+    # workers know all of their registries
+    decode = plan_children(settings, num_gpus=0)[-1]
+    assert sum(flag.startswith("--gateway=") for flag in decode.command) == 3
+
+
+def test_ports_of_one_gateway_are_refused_for_several() -> None:
+    with pytest.raises(ConfigError, match="--registry-port names one gateway's port; 2 gateways"):
+        _fill_in(read_settings({"num_gateways": "2", "registry_port": "8010"}, {}))
 
 
 def test_workers_share_gpus_and_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
