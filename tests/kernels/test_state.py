@@ -210,8 +210,7 @@ def test_index_queries_equal_their_definition(
 
 
 def by_kernel(*arguments: Any) -> None:
-    device = arguments[0].device
-    compress.compress_(*arguments, target_of(device) or TARGETS[0])
+    compress.compress_(*arguments, target_of(arguments[0].device) or TARGETS[0])
 
 
 @dataclass
