@@ -19,9 +19,8 @@ from scission.kernels.dense_attention.key_rows import TILE_QUERIES
 from scission.kernels.hyper_connections import launches as hyper_connection_launches
 from scission.kernels.indexer import launches as indexer_launches
 from scission.kernels.latents import launches as latent_launches
-from scission.kernels.linear import block_fp8
 from scission.kernels.linear import launches as linear_launches
-from scission.kernels.moe import group_rows, grouped_fp4
+from scission.kernels.moe import launches as moe_launches
 from scission.kernels.norm import launches as norm_launches
 from scission.kernels.sampling import launches as sampling_launches
 from scission.kernels.target import Target
@@ -53,7 +52,6 @@ class Launch:
 def launches(target: Target) -> Iterator[Launch]:
     """All of one target's."""
     yield from _linear(target)
-    yield from _experts(target)
     yield from _dense_attention(target)
     yield from _state(target)
     yield from _sparse_attention(target)
@@ -65,84 +63,6 @@ def launches(target: Target) -> Iterator[Launch]:
 def _linear(target: Target) -> Iterator[Launch]:
     for launch in linear_launches.launches(target):
         yield Launch(*launch)
-
-
-def _experts(target: Target) -> Iterator[Launch]:
-    for tile in grouped_fp4.tiles(target):
-        for num_experts in (64, 256):
-            yield Launch(
-                group_rows.group_rows_kernel,
-                {
-                    "sorted_ptr": "*i64",
-                    "pairs_ptr": "*i64",
-                    "block_experts_ptr": "*i32",
-                    "block_rows_ptr": "*i32",
-                    "rows_ptr": "*i32",
-                    "num_pairs": "i32",
-                    "num_experts": "i32:16",
-                    "num_steps": "i32",
-                },
-                {"BLOCK_M": tile.block_m, "BLOCK_E": group_rows.expert_lanes(num_experts)},
-                group_rows.NUM_WARPS,
-            )
-        for has_pairs in (True, False):
-            for out_type in ("*bf16", "*fp32"):
-                yield Launch(
-                    grouped_fp4.grouped_fp4_kernel,
-                    {
-                        "x_ptr": "*fp8e4nv",
-                        "x_scales_ptr": "*fp32",
-                        "codes_ptr": "*u8",
-                        "scales_ptr": "*i32",
-                        "block_experts_ptr": "*i32",
-                        "block_rows_ptr": "*i32",
-                        "pairs_ptr": "*i64",
-                        "out_ptr": out_type,
-                        "num_rows": "i32",
-                        "out_features": "i32:16",
-                        "num_blocks": "i32:16",
-                        "blocks_per_split": "i32",
-                        "rows_per_x": "i32",
-                    },
-                    {
-                        "BLOCK_N": tile.block_n,
-                        "BLOCK_M": tile.block_m,
-                        "HAS_PAIRS": has_pairs,
-                        "DOT_TYPE": block_fp8.dot_type(target, is_quantized=True),
-                        "HAS_PTX": target.has_ptx,
-                        "NUM_STAGES": tile.num_stages,
-                    },
-                    tile.num_warps,
-                )
-    for partials_type in ("*bf16", "*fp32"):
-        yield Launch(
-            grouped_fp4.activate_kernel,
-            {
-                "partials_ptr": partials_type,
-                "pairs_ptr": "*i64",
-                "weights_ptr": "*fp32",
-                "codes_ptr": "*fp8e4nv",
-                "scales_ptr": "*fp32",
-                "num_rows": "i32",
-                "num_blocks": "i32:16",
-                "split": "i32",
-                "limit": "fp32",
-            },
-            {"BLOCKS": grouped_fp4.ACTIVATE_BLOCKS},
-        )
-        yield Launch(
-            grouped_fp4.combine_kernel,
-            {
-                "partials_ptr": partials_type,
-                "rows_ptr": "*i32",
-                "out_ptr": "*fp32",
-                "num_rows": "i32",
-                "width": "i32:16",
-                "top_k": "i32",
-                "split": "i32",
-            },
-            {"BLOCK": grouped_fp4.COMBINE_BLOCK},
-        )
 
 
 def _dense_attention(target: Target) -> Iterator[Launch]:
@@ -230,5 +150,5 @@ def _indexer(target: Target) -> Iterator[Launch]:
 
 def _mixing(target: Target) -> Iterator[Launch]:
     """Hyper-connections, norms, gates and experts."""
-    for launch in hyper_connection_launches.launches(target):
+    for launch in (*hyper_connection_launches.launches(target), *moe_launches.launches(target)):
         yield Launch(*launch)

@@ -1,32 +1,33 @@
 """Mixture of experts: routers, the routed experts, and the shared expert among them."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scission.common.checkpoint.weights import Matrix, Weights
-from scission.common.layers.linear import Linear, axis_shard
+from scission.common.layers.linear import axis_shard
 from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
 from scission.common.parallel.ranks import Axis
-from scission.kernels.moe import (
-    ExpertWeights,
-    Fp4ExpertWeights,
-    can_run_fp4,
-    gate,
-    route,
-    run_experts,
-    run_fp4_experts,
-)
+from scission.kernels.linear import QuantizedRows
+from scission.kernels.moe import ExpertOutputs, ExpertWeights, gate, route, run_experts
 from scission.kernels.quant import round_trip_fp8
+from scission.kernels.target import target_of
+
+if TYPE_CHECKING:
+    # needs Triton, which only a device does
+    from scission.common.layers.coded_moe import CodedMoE
+    from scission.kernels.moe.choose_experts import Routing
 
 
 class ScoreRouter:
     """The top_k experts by score plus bias; fp32."""
 
     def __init__(self, w: Weights, dim: int, num_experts: int, top_k: int, scaling: float) -> None:
-        self._weight = w.tensor("weight", (num_experts, dim), torch.bfloat16).float()
+        self._stored = w.tensor("weight", (num_experts, dim), torch.bfloat16)
+        self._weight = self._stored.float()
         self._bias = w.tensor("bias", (num_experts,), torch.float32)
         self._top_k = top_k
         self._scaling = scaling
@@ -35,6 +36,13 @@ class ScoreRouter:
         """[num_tokens, dim] -> experts [num_tokens, top_k] int64 and weights float32."""
         logits = F.linear(x.float(), self._weight)
         return route(logits, self._bias, self._top_k, self._scaling)
+
+    def routing(self, first: int, num_local: int) -> "Routing":
+        """The same for kernels, of which [first, first + num_local) are here."""
+        from scission.kernels.moe.choose_experts import Routing
+
+        k, scaling = self._top_k, self._scaling
+        return Routing(self._stored, self._bias, None, k, scaling, "sqrtsoftplus", first, num_local)
 
 
 class HashRouter:
@@ -49,7 +57,8 @@ class HashRouter:
         scaling: float,
         vocab_size: int,
     ) -> None:
-        self._weight = w.tensor("weight", (num_experts, dim), torch.bfloat16).float()
+        self._stored = w.tensor("weight", (num_experts, dim), torch.bfloat16)
+        self._weight = self._stored.float()
         self._experts_of = w.tensor("tid2eid", (vocab_size, top_k), torch.int64)
         self._scaling = scaling
 
@@ -58,6 +67,15 @@ class HashRouter:
         experts = self._experts_of.index_select(0, token_ids)
         logits = F.linear(x.float(), self._weight)
         return experts, gate(logits, experts, self._scaling)
+
+    def routing(self, first: int, num_local: int) -> "Routing":
+        """The same for kernels, of which [first, first + num_local) are here."""
+        from scission.kernels.moe.choose_experts import Routing
+
+        table, scaling = self._experts_of, self._scaling
+        return Routing(
+            self._stored, None, table, table.shape[1], scaling, "sqrtsoftplus", first, num_local
+        )
 
 
 class ExpertStack:
@@ -116,41 +134,6 @@ class ExpertStack:
         return ExpertWeights(w1, w3, w2)
 
 
-class Fp4ExpertStack:
-    """Gated experts that stay FP4 codes in memory; deployed numerics in bfloat16."""
-
-    def __init__(self, w1: Matrix, w2: Matrix, w3: Matrix, limit: float) -> None:
-        """
-        Args:
-            w1, w2, w3: stacked matrices [experts, out, in].
-            limit: of the activation.
-        """
-        self._weights = Fp4ExpertWeights(*(_stored(matrix) for matrix in (w1, w3, w2)))
-        self._limit = limit
-
-    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """[num_tokens, dim] -> [num_tokens, dim] float32: as `ExpertStack` without shared ones."""
-        return run_fp4_experts(x, experts, weights, self._weights, self._limit)
-
-
-class CodedExpert:
-    """One expert that every token takes, of matrices that stay codes in memory."""
-
-    def __init__(
-        self, w1: Matrix, w2: Matrix, w3: Matrix, limit: float, numerics: Numerics
-    ) -> None:
-        self._gate_up = Linear([w1, w3], numerics)
-        self._down = Linear([w2], numerics)
-        self._limit = limit
-
-    def apply_to_all(self, x: Tensor) -> Tensor:
-        """[num_tokens, dim] -> [num_tokens, dim] float32."""
-        a, b = self._gate_up(x).float().chunk(2, dim=-1)
-        # the gate is clipped from above only
-        inner = F.silu(a.clamp(max=self._limit)).mul_(b.clamp(-self._limit, self._limit))
-        return self._down(inner.to(x.dtype)).float()
-
-
 class MoE:
     """Router, routed experts and one shared expert; expert parallel by contiguous ranges.
 
@@ -185,15 +168,19 @@ class MoE:
         self._first, last = shard.bounds(num_experts) if shard else (0, num_experts)
         self._num_local = last - self._first
         self._dtype = numerics.dtype
-        self._experts: ExpertStack | Fp4ExpertStack
-        self._shared: ExpertStack | CodedExpert | None = None
-        if (
-            w1.kind == "fp4_group"
-            and numerics.rounds
-            and can_run_fp4(w.device, numerics.dtype, dim, inner)
-        ):
-            self._experts = Fp4ExpertStack(w1, w2, w3, limit)
-            self._shared = CodedExpert(shared_w1, shared_w2, shared_w3, limit, numerics)
+        self._experts: ExpertStack | None = None
+        self._shared: ExpertStack | None = None
+        self._coded: CodedMoE | None = None
+        if numerics.rounds and _has_kernels(w1, shared_w1, numerics.dtype):
+            from scission.common.layers import coded_moe
+
+            self._coded = coded_moe.CodedMoE(
+                router.routing(self._first, self._num_local),
+                (w1, w2, w3),
+                (shared_w1, shared_w2, shared_w3),
+                limit,
+                axis,
+            )
         elif axis.size == 1 and _rounds(w1, numerics) == _rounds(shared_w1, numerics):
             self._experts = ExpertStack(
                 (w1, shared_w1), (w2, shared_w2), (w3, shared_w3), limit, numerics, num_shared=1
@@ -202,12 +189,30 @@ class MoE:
             self._experts = ExpertStack((w1,), (w2,), (w3,), limit, numerics)
             self._shared = ExpertStack((shared_w1,), (shared_w2,), (shared_w3,), limit, numerics)
 
-    def __call__(self, x: Tensor, token_ids: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows, token_ids: Tensor) -> Tensor:
         """[num_tokens, dim] -> [num_tokens, dim]; routed and shared are summed in fp32, cast once.
 
         Args:
+            x: quantised rows keep their `values`.
             token_ids: [num_tokens] int64, which hash routing goes by.
         """
+        y = self.unsummed(x, token_ids)
+        return y.sum(self._dtype) if isinstance(y, ExpertOutputs) else y
+
+    def unsummed(
+        self, x: Tensor | QuantizedRows, token_ids: Tensor, positions: Tensor | None = None
+    ) -> Tensor | ExpertOutputs:
+        """The same as `hc_write` takes it: where it can be, the sum is left to who reads it.
+
+        Args:
+            positions: [num_tokens] int64; padding, at -1, need not take experts.
+        """
+        if self._coded is not None:
+            return self._coded(x, token_ids, positions)
+        if isinstance(x, QuantizedRows):
+            assert x.values is not None, "the router reads rows that are not rounded"
+            x = x.values
+        assert self._experts is not None
         experts, weights = self._router(x, token_ids)
         if self._shared is None:
             return self._experts(x, experts, weights).to(self._dtype)
@@ -219,10 +224,13 @@ class MoE:
         return (total + self._shared.apply_to_all(x)).to(self._dtype)
 
 
+def _has_kernels(routed: Matrix, shared: Matrix, dtype: torch.dtype) -> bool:
+    if target_of(routed.codes.device) is None:
+        return False
+    from scission.common.layers.coded_moe import can_run_coded
+
+    return can_run_coded(routed, shared, dtype)
+
+
 def _rounds(matrix: Matrix, numerics: Numerics) -> bool:
     return numerics.rounds and matrix.kind != "plain"
-
-
-def _stored(matrix: Matrix) -> tuple[Tensor, Tensor]:
-    assert matrix.scales is not None
-    return matrix.codes, matrix.scales.view(torch.uint8)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scission.kernels.exact_dot import dot_exact
 from scission.kernels.moe.outputs import ExpertOutputs
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.rounding import quantize_blocks, round_to_bf16, store_rounded
@@ -65,26 +66,6 @@ def num_stages(target: Target) -> int:
 
 
 @triton.jit
-def _dot_exact(fn, h, acc, DOT_TYPE: tl.constexpr):
-    """acc + fn @ h for float32 fn and h whose values bf16 holds, without rounding fn.
-
-    The three bf16 numbers that a float32 is the sum of are multiplied one by one.
-    """
-    if DOT_TYPE == tl.float32:
-        acc = tl.dot(fn, h, acc, input_precision="ieee")
-    else:
-        h = h.to(DOT_TYPE)
-        high = fn.to(DOT_TYPE)
-        rest = fn - high.to(tl.float32)
-        middle = rest.to(DOT_TYPE)
-        low = (rest - middle.to(tl.float32)).to(DOT_TYPE)
-        acc = tl.dot(high, h, acc)
-        acc = tl.dot(middle, h, acc)
-        acc = tl.dot(low, h, acc)
-    return acc
-
-
-@triton.jit
 def _pending_rows(
     y_ptr, row_of_ptr, tokens, mask_t, offs_d, mask, d, num_rows, num_parts, num_choices,
     IS_SUMMED: tl.constexpr,
@@ -121,7 +102,7 @@ def _mixed(h0, h1, h2, h3, y, post_ptr, comb_ptr, tokens, mask_t, K: tl.constexp
 def _scored(h, acc, squares, fn_ptrs, mask_fn, DOT_TYPE: tl.constexpr):
     """One stream's share of the products with fn and of the sum of squares."""
     fn = tl.load(fn_ptrs, mask=mask_fn, other=0.0)
-    return _dot_exact(fn, tl.trans(h), acc, DOT_TYPE), squares + tl.sum(h * h, axis=1)
+    return dot_exact(fn, tl.trans(h), acc, DOT_TYPE), squares + tl.sum(h * h, axis=1)
 
 
 @triton.jit

@@ -4,18 +4,9 @@ import torch
 from torch import Tensor
 
 from scission.kernels.moe import reference
-from scission.kernels.moe.fp4_layout import Fp4Experts, can_pack, pack_fp4_experts
-from scission.kernels.target import target_of
+from scission.kernels.moe.outputs import ExpertOutputs
 
-__all__ = [
-    "ExpertWeights",
-    "Fp4ExpertWeights",
-    "can_run_fp4",
-    "gate",
-    "route",
-    "run_experts",
-    "run_fp4_experts",
-]
+__all__ = ["ExpertOutputs", "ExpertWeights", "gate", "route", "run_experts"]
 
 
 class ExpertWeights:
@@ -38,31 +29,6 @@ class ExpertWeights:
         # spares a view a call
         self.w13 = list(torch.cat([w1, w3], dim=1).mT.contiguous().unbind(0))
         self.w2 = list(w2.mT.contiguous().unbind(0))
-
-
-class Fp4ExpertWeights:
-    """Experts of one shape as FP4 codes, in the layout that `run_fp4_experts` reads."""
-
-    def __init__(
-        self,
-        w1: tuple[Tensor, Tensor],
-        w3: tuple[Tensor, Tensor],
-        w2: tuple[Tensor, Tensor],
-    ) -> None:
-        """
-        Args:
-            w1, w3: codes [num_experts, inner, dim / 2] int8 and ue8m0 scales
-                [num_experts, inner, dim / 32] uint8, gate and up.
-            w2: likewise [num_experts, dim, inner].
-        """
-        self.w13: Fp4Experts = pack_fp4_experts([w1, w3])
-        self.w2: Fp4Experts = pack_fp4_experts([w2])
-
-
-def can_run_fp4(device: torch.device, dtype: torch.dtype, dim: int, inner: int) -> bool:
-    """Whether there is a kernel for experts of this shape; elsewhere they are decoded."""
-    fits = can_pack(dim, inner) and can_pack(inner, dim)
-    return fits and target_of(device) is not None and dtype == torch.bfloat16
 
 
 def route(logits: Tensor, bias: Tensor, top_k: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -135,35 +101,4 @@ def run_experts(
         )
     return reference.run_experts(
         x, experts, weights, weights_of.w13, weights_of.w2, limit, round_block, num_shared
-    )
-
-
-def run_fp4_experts(
-    x: Tensor, experts: Tensor, weights: Tensor, weights_of: Fp4ExpertWeights, limit: float
-) -> Tensor:
-    """As `run_experts` with rounding in blocks of 128, on codes; where `can_run_fp4` says so.
-
-    Args:
-        x: [num_tokens, dim] bfloat16, not rounded yet.
-        experts: [num_tokens, k] int64; `weights`: [num_tokens, k] float32.
-
-    Returns:
-        [num_tokens, dim] float32, summed in fp32 in the order of the choices.
-    """
-    target = target_of(x.device)
-    if target is None or x.dtype != torch.bfloat16 or x.shape[1] != weights_of.w13.in_features:
-        raise ValueError(
-            f"no FP4 kernel for x {x.dtype} {list(x.shape)} on {x.device} and experts of dim "
-            f"{weights_of.w13.in_features}"
-        )
-    if experts.shape != weights.shape or weights.dtype != torch.float32:
-        raise ValueError(
-            f"experts {list(experts.shape)} and float32 weights must be alike, "
-            f"got {weights.dtype} {list(weights.shape)}"
-        )
-    # only where a kernel is launched is Triton needed
-    from scission.kernels.moe import grouped_fp4
-
-    return grouped_fp4.run_fp4_experts(
-        x.contiguous(), experts, weights, weights_of.w13, weights_of.w2, limit, target
     )

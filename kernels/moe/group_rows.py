@@ -1,33 +1,13 @@
-"""Pairs (token, expert) sorted by expert and cut into blocks of one expert, without a host sync."""
-
-from dataclasses import dataclass
+"""Many pairs (token, expert) sorted by expert and cut into blocks, without a host sync."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from scission.kernels.moe.row_groups import RowGroups, max_blocks
+
 NUM_WARPS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class RowGroups:
-    """Rows are the pairs in order of expert; the number of blocks is an upper bound.
-
-    block_experts: [num_blocks] int32, -1 past the last; block_rows: [num_blocks, 2] int32, each
-    block's first row and the row after its last. pairs: [num_pairs] int64, the pair of each row;
-    rows: [num_pairs] int32, the row of each pair.
-    """
-
-    block_m: int
-    block_experts: Tensor
-    block_rows: Tensor
-    pairs: Tensor
-    rows: Tensor
-
-    @property
-    def num_blocks(self) -> int:
-        return self.block_experts.shape[0]
 
 
 @triton.jit
@@ -51,11 +31,15 @@ def group_rows_kernel(
     pairs_ptr,
     block_experts_ptr,
     block_rows_ptr,
-    rows_ptr,
+    weights_ptr,
+    row_tokens_ptr,
+    row_weights_ptr,
+    row_of_ptr,
     # sizes, meta-parameters
     num_pairs,
     num_experts,
     num_steps,
+    top_k,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -77,38 +61,52 @@ def group_rows_kernel(
     tl.store(block_rows_ptr + block * 2 + 1, end)
     offs = first + tl.arange(0, BLOCK_M)
     pairs = tl.load(pairs_ptr + offs, mask=offs < end, other=0)
-    tl.store(rows_ptr + pairs, offs, mask=offs < end)
+    tl.store(row_of_ptr + pairs, offs, mask=offs < end)
+    tl.store(row_tokens_ptr + offs, (pairs // top_k).to(tl.int32), mask=offs < end)
+    weights = tl.load(weights_ptr + pairs, mask=offs < end, other=0.0)
+    tl.store(row_weights_ptr + offs, weights, mask=offs < end)
 
 
-def group_rows(experts: Tensor, num_experts: int, block_m: int) -> RowGroups:
+def group_rows(experts: Tensor, weights: Tensor, num_experts: int, block_m: int) -> RowGroups:
     """Sort the pairs by expert, those of one expert in order of token.
 
     Args:
-        experts: [num_tokens, k] int64, in [0, num_experts).
+        experts: [num_tokens, k] of any integers; those outside [0, num_experts) take no row.
+        weights: [num_tokens, k] float32.
         block_m: rows of a block at most.
     """
-    num_pairs = experts.numel()
-    ordered, pairs = torch.sort(experts.flatten(), stable=True)
-    # each expert's last block may be partial
-    num_blocks = min(num_pairs, num_experts + num_pairs // block_m)
-    block_experts, block_rows, rows = (
-        torch.empty(shape, dtype=torch.int32, device=experts.device)
-        for shape in ((num_blocks,), (num_blocks, 2), (num_pairs,))
+    num_pairs, device = experts.numel(), experts.device
+    is_here = (experts >= 0) & (experts < num_experts)
+    # who is not here comes last
+    ordered, pairs = torch.sort(torch.where(is_here, experts, num_experts).flatten(), stable=True)
+    num_blocks = max_blocks(num_pairs, num_experts, block_m)
+    groups = RowGroups(
+        block_m,
+        block_experts=torch.empty(num_blocks, dtype=torch.int32, device=device),
+        block_rows=torch.empty(num_blocks, 2, dtype=torch.int32, device=device),
+        # rows of nobody are read, and what comes of them is not
+        row_tokens=torch.zeros(num_pairs, dtype=torch.int32, device=device),
+        row_weights=torch.zeros(num_pairs, dtype=torch.float32, device=device),
+        row_of=torch.full(experts.shape, -1, dtype=torch.int32, device=device),
     )
     group_rows_kernel[(num_blocks,)](
         ordered,
         pairs,
-        block_experts,
-        block_rows,
-        rows,
+        groups.block_experts,
+        groups.block_rows,
+        weights.contiguous(),
+        groups.row_tokens,
+        groups.row_weights,
+        groups.row_of,
         num_pairs,
         num_experts,
         num_pairs.bit_length(),
+        experts.shape[1],
         BLOCK_M=block_m,
         BLOCK_E=expert_lanes(num_experts),
         num_warps=NUM_WARPS,
     )
-    return RowGroups(block_m, block_experts, block_rows, pairs, rows)
+    return groups
 
 
 def expert_lanes(num_experts: int) -> int:

@@ -9,7 +9,7 @@ from scission.common.checkpoint.source import FileSource
 from scission.common.checkpoint.weights import Ledger, Weights
 from scission.common.checkpoint.write_deepseek_v4 import write_random_deepseek_v4
 from scission.common.layers.linear import _as_one_fp8
-from scission.common.layers.moe import CodedExpert, Fp4ExpertStack, MoE, ScoreRouter
+from scission.common.layers.moe import MoE, ScoreRouter
 from scission.common.layers.numerics import Numerics
 from scission.common.parallel.ranks import Axis
 from scission.kernels.linear import linear_block_fp8, quantize_rows
@@ -34,8 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run_kernels_everywhere(monkeypatch: pytest.MonkeyPatch, kernel_target: Target) -> None:
     """The interpreter's CPU counts as a device with kernels."""
-    for package in ("linear", "moe"):
-        monkeypatch.setattr(f"scission.kernels.{package}.target_of", lambda _: kernel_target)
+    modules = (
+        "kernels.linear",
+        "kernels.moe.outputs",
+        "common.layers.moe",
+        "common.layers.coded_moe",
+    )
+    for module in modules:
+        monkeypatch.setattr(f"scission.{module}.target_of", lambda _: kernel_target)
 
 
 def _layer(folder: Path, part: str, device: torch.device | str) -> Weights:
@@ -48,7 +54,7 @@ def _mixture(folder: Path, device: torch.device | str) -> MoE:
     return MoE(w, router, HIDDEN, INNER, EXPERTS, 10.0, Axis(), NUMERICS)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 19])
+@pytest.mark.parametrize("num_tokens", [1, 19, 130])
 def test_experts_of_codes_mix_as_decoded_ones(
     folder: Path,
     kernel_device: torch.device,
@@ -61,8 +67,7 @@ def test_experts_of_codes_mix_as_decoded_ones(
     expected = _mixture(folder, "cpu")(x, token_ids)
     _run_kernels_everywhere(monkeypatch, kernel_target)
     coded = _mixture(folder, kernel_device)
-    assert isinstance(coded._experts, Fp4ExpertStack)
-    assert isinstance(coded._shared, CodedExpert)
+    assert coded._coded is not None
     actual = coded(x.to(kernel_device), token_ids.to(kernel_device)).cpu()
     assert relative_error(actual, expected) <= TOLERANCE
 
