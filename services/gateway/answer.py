@@ -74,6 +74,8 @@ class Answer:
     async def next(self) -> EngineEvent | None:
         """The next event, awaited; None after the last.
 
+        Tokens of several steps come as one event when the caller has fallen behind.
+
         Raises:
             ScissionError: what ended the request.
         """
@@ -85,7 +87,16 @@ class Answer:
         event = self._outputs.popleft()
         if isinstance(event, ScissionError):
             raise event
+        if isinstance(event, TokenBatch):
+            return TokenBatch(event.tokens + self._following_tokens())
         return event
+
+    def _following_tokens(self) -> tuple[Token, ...]:
+        tokens: list[Token] = []
+        while self._outputs and isinstance(batch := self._outputs[0], TokenBatch):
+            tokens += batch.tokens
+            self._outputs.popleft()
+        return tuple(tokens)
 
     def _check_prompt(self) -> None:
         if self.is_prompt_ready or self._cached_tokens is None or self._num_unscored > 0:
