@@ -221,14 +221,8 @@ class Layer:
         streams = hc_write(self._attention(x, step, state), streams, mix)
         norm = self._experts_norm
         x, mix = hc_read(streams, self._hc_experts, norm.weight, norm.eps, quantizes=step.quantizes)
-        return hc_write(self._experts(_values_of(x), step.token_ids), streams, mix)
-
-
-def _values_of(x: Rows) -> Tensor:
-    if isinstance(x, Tensor):
-        return x
-    assert x.values is not None
-    return x.values
+        y = self._experts.unsummed(x, step.token_ids, step.positions)
+        return hc_write(y, streams, mix)
 
 
 class Attention:

@@ -31,7 +31,7 @@ class PlacedStep:
         self._places = batch.places
         self._window = geometry.window
         self._rounds = numerics.rounds
-        positions = batch.places.positions
+        self.positions = positions = batch.places.positions
         ratios = list(geometry.overlaps)
         starts = [positions - positions % ratio for ratio in ratios]
         compressed = rotations(torch.cat([positions, *starts]), geometry.compressed_frequencies)

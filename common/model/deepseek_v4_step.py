@@ -57,6 +57,10 @@ class Step(Protocol):
         """[num_tokens] int64."""
 
     @property
+    def positions(self) -> Tensor:
+        """[num_tokens] int64; -1: padding."""
+
+    @property
     def quantizes(self) -> bool:
         """Whether rows are handed to linear layers as codes where these take codes."""
 
@@ -119,6 +123,7 @@ class ListedStep:
     def __init__(self, plan: StepPlan, window: int, numerics: Numerics) -> None:
         """`window`: its size in tokens."""
         self.token_ids = plan.token_ids
+        self.positions = plan.positions
         self._plan = plan
         self._window = window
         self._numerics = numerics

@@ -97,6 +97,7 @@ class PlanGeometry:
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     token_ids: Tensor
+    positions: Tensor
     sequences: Tensor
     plain_rotation: Rotation
     compressed_rotation: Rotation
@@ -118,6 +119,7 @@ def plan_step(
     plain, compressed = _plan_rotations(batch.positions, geometry)
     return StepPlan(
         token_ids=batch.token_ids,
+        positions=batch.positions,
         sequences=batch.sequences,
         plain_rotation=plain,
         compressed_rotation=compressed,
