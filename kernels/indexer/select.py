@@ -25,7 +25,7 @@ LOG_PARTS = 6
 SAMPLE = 2048
 NARROW_BLOCK = 4096
 NARROW_WARPS = 8
-# thirds of the range between two floats, then of that between their bits, which ends
+# thirds of the range between two floats, before that between their bits is halved
 _FLOAT_STEPS: tl.constexpr = tl.constexpr(12)
 _SCAN_BLOCK: tl.constexpr = tl.constexpr(2048)
 
@@ -76,34 +76,26 @@ def _threshold(x, count, k, slack):
     """The value that k of x reach, or up to k + slack; and how many of x to take are equal to it.
 
     Args:
-        x: [size] float32, at most 2 ** 15; NaN counts as absent, `count` > k are present.
+        x: [size] float32, below 2 ** 15 of them; NaN counts as absent, `count` >= k are present.
 
     Returns:
         The largest value that at least k of x reach, or one that k to k + slack do, and how many
         of those equal to it belong to the k largest (size, if all).
     """
-    low = _order_of(tl.min(tl.where(x == x, x, float("inf")), axis=0))
-    high = _order_of(tl.max(tl.where(x == x, x, float("-inf")), axis=0)) + 1
-    # reached by num_low >= k and by num_high < k
+    sizes = tl.where(x == x, tl.abs(x), 0.0).to(tl.int32, bitcast=True)
+    high = tl.max(sizes, axis=0).to(tl.float32, bitcast=True)
+    low = -high
+    # reached by num_low >= k and by num_high < k; by none above the highest
     num_low = count
     num_high = count * 0
+    third = high * (2.0 / 3.0)
     step = 0
-    while (num_low > k + slack) & (high - 1 > low):
-        width = high.to(tl.int64) - low
-        first = (low + width // 3).to(tl.int32)
-        second = (low + width - width // 3).to(tl.int32)
-        if step < _FLOAT_STEPS:
-            # thirds of the values are closer to thirds of the counts
-            least = tl.maximum(_float_of(low), -3e38) * (1.0 / 3.0)
-            most = tl.minimum(_float_of(high - 1), 3e38) * (1.0 / 3.0)
-            first = _order_of(least + least + most)
-            second = _order_of(least + most + most)
-        first = tl.minimum(tl.maximum(first, low + 1), high - 1)
-        second = tl.minimum(tl.maximum(second, first), high - 1)
+    # thirds of the values come close to thirds of the counts; infinities have none
+    while (num_low > k + slack) & (step < _FLOAT_STEPS) & (third > 0.0) & (third < 1e38):
+        first = low + third
+        second = high - third
         # both counts in one sum
-        reached = (x >= _float_of(first)).to(tl.int32) + (
-            (x >= _float_of(second)).to(tl.int32) << 16
-        )
+        reached = (x >= first).to(tl.int32) + ((x >= second).to(tl.int32) << 16)
         total = tl.sum(reached, axis=0)
         num_first = total & 0xFFFF
         num_second = total >> 16
@@ -118,8 +110,23 @@ def _threshold(x, count, k, slack):
         else:
             high = first
             num_high = num_first
+        third = (high - low) * (1.0 / 3.0)
         step += 1
-    return _float_of(low), tl.where(num_low > k, k - num_high, 1 << 15)
+    # halves of the bits end at two neighbours
+    low_order = _order_of(low)
+    high_order = _order_of(high) + (num_high == 0).to(tl.int32)
+    width = (high_order - low_order).to(tl.uint32, bitcast=True)
+    while (num_low > k + slack) & (width > 1):
+        middle = low_order + (width // 2).to(tl.int32, bitcast=True)
+        num_middle = tl.sum((x >= _float_of(middle)).to(tl.int32), axis=0)
+        if num_middle >= k:
+            low_order = middle
+            num_low = num_middle
+        else:
+            high_order = middle
+            num_high = num_middle
+        width = (high_order - low_order).to(tl.uint32, bitcast=True)
+    return _float_of(low_order), tl.where(num_low > k, k - num_high, 1 << 15)
 
 
 @triton.jit
@@ -158,12 +165,34 @@ def _sample_rank(length, k, SIZE: tl.constexpr, SAMPLE: tl.constexpr):
 
 
 @triton.jit
-def _list_candidates(candidates_ptr, x, threshold, columns, total, capacity):
-    """Append the columns that reach the threshold to `total` others; their number with these."""
-    is_candidate = x >= threshold
-    places = total + tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
-    tl.store(candidates_ptr + places, columns, mask=is_candidate & (places < capacity))
-    return total + tl.sum(is_candidate.to(tl.int32), axis=0)
+def _count_bits(words):
+    """[..] int32 -> how many bits of each are set."""
+    pairs = words - ((words >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    return ((((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24) & 0xFF
+
+
+@triton.jit
+def _list_candidates(candidates_ptr, x, threshold, start, total, capacity, WORDS: tl.constexpr):
+    """Append the columns of x [WORDS, 32] that reach the threshold, in order, to `total` others.
+
+    Candidates are rare: as bits of words, their places are a matter of one sum in 32 columns.
+
+    Returns:
+        Their number with these; what does not fit is counted, too.
+    """
+    bits = tl.where(x >= threshold, 1 << tl.arange(0, 32)[None, :], 0)
+    words = tl.sum(bits, axis=1)
+    counts = _count_bits(words)
+    places = total + tl.cumsum(counts, axis=0) - counts
+    firsts = start + tl.arange(0, WORDS) * 32
+    for _ in range(tl.max(counts, axis=0)):
+        lowest = words & -words
+        mask = (words != 0) & (places < capacity)
+        tl.store(candidates_ptr + places, firsts + _count_bits(lowest - 1), mask=mask)
+        places += 1
+        words ^= lowest
+    return total + tl.sum(counts, axis=0)
 
 
 @triton.jit
@@ -205,7 +234,8 @@ def narrow_kernel(
         begin = part * share
         end = tl.minimum(begin + share, length)
         candidates_ptr += (row * num_parts + part) * capacity
-        offs = tl.arange(0, BLOCK)
+        words: tl.constexpr = BLOCK // 32
+        offs = tl.arange(0, words)[:, None] * 32 + tl.arange(0, 32)[None, :]
         # whole blocks are loaded without a mask, 16 bytes at a time; the next one is on its way
         # while this one is listed
         end_whole = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
@@ -216,11 +246,13 @@ def narrow_kernel(
             x = following
             is_whole = offs * 0 + start + BLOCK < end_whole
             following = tl.load(scores_ptr + start + BLOCK + offs, mask=is_whole, other=0.0)
-            total = _list_candidates(candidates_ptr, x, threshold, start + offs, total, capacity)
+            total = _list_candidates(candidates_ptr, x, threshold, start, total, capacity, words)
         if end_whole < end:
             columns = end_whole + offs
             x = tl.load(scores_ptr + columns, mask=columns < end, other=float("nan"))
-            total = _list_candidates(candidates_ptr, x, threshold, columns, total, capacity)
+            total = _list_candidates(
+                candidates_ptr, x, threshold, end_whole, total, capacity, words
+            )
         tl.store(counts_ptr + row * num_parts + part, total)
 
 
