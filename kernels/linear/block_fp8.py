@@ -32,16 +32,23 @@ class Tile:
 
 # H200, us a call in a graph over rotating weights, against reading as many bytes in one pass:
 # rows                 1     32     64    128   reading
-# [6144, 4096]       9.3   10.5   11.5   14.6      7.6
-# [4096, 4096]       7.1    8.1   10.7   11.0      5.6
-# [24576, 4096]     27.0   28.5   28.5   34.5     25.5   (128 rows: the library)
-# [4096, 12288]     15.6   17.8   20.2   25.3     13.7
+# [6144, 4096]       9.3   10.6   11.4   14.6      7.6
+# [4096, 4096]       7.1    8.2    9.1   10.9      5.6
+# [24576, 4096]     25.9   27.2   28.9   33.5     25.5
+# [4096, 12288]     15.4   17.5   18.7   23.3     13.7
 _TILES = (
     Tile(64, 16, 4, is_weight_left=True),
     Tile(64, 32, 4, is_weight_left=True),
     Tile(64, 64, 4, is_weight_left=False),
     Tile(128, 64, 4, is_weight_left=False),
 )
+# of how many programs the inputs are divided over: few rows, more rows, inputs of values
+_FEW_ROWS_PROGRAMS = 192
+_MANY_ROWS_PROGRAMS = 128
+_VALUES_PROGRAMS = 512
+# of multiprocessors and shared memory, when it is decided how deep a pipeline is
+_NUM_MULTIPROCESSORS = 132
+_MULTIPROCESSOR_BYTES = 227 * 1024
 # more rows of groups are multiplied by the library, over decoded weights
 MAX_GROUPED_ROWS = 128
 
@@ -57,9 +64,9 @@ def values_tiles() -> tuple[Tile, ...]:
     return _TILES[:-1]
 
 
-def stages(target: Target) -> tuple[int, int]:
-    """Of a loop's pipeline, for inputs of codes: of long loops of few programs, and of others."""
-    return target.num_stages(6), target.num_stages(4)
+def stages(target: Target) -> tuple[int, ...]:
+    """Depths of a loop's pipeline, for inputs of codes; the deepest first."""
+    return tuple(dict.fromkeys(target.num_stages(depth) for depth in (6, 4, 3)))
 
 
 def values_stages(target: Target) -> int:
@@ -71,8 +78,20 @@ def pick_tile(choices: tuple[Tile, ...], num_rows: int, out_features: int, block
         if num_rows <= tile.block_m:
             return tile
     narrow, wide = choices[2], choices[-1]
-    is_wide = num_rows > narrow.block_m and (out_features > 4096 or blocks >= 64)
-    return wide if is_wide else narrow
+    num_row_tiles = triton.cdiv(num_rows, narrow.block_m)
+    num_tiles = triton.cdiv(out_features, narrow.block_n) * num_row_tiles
+    # few tiles cover the chip only when they are narrow; or their long loops are divided
+    return wide if num_tiles > 128 or (num_row_tiles > 1 and blocks >= 64) else narrow
+
+
+def pick_stages(tile: Tile, num_programs: int, target: Target) -> int:
+    """The deepest pipeline with which all programs fit on the chip at once."""
+    stage_bytes = (tile.block_n + tile.block_m) * FP8_BLOCK
+    for depth in stages(target):
+        fitting = _MULTIPROCESSOR_BYTES // (depth * stage_bytes + 1024) * _NUM_MULTIPROCESSORS
+        if num_programs <= fitting:
+            return depth
+    return stages(target)[-1]
 
 
 def dot_type(target: Target, *, is_quantized: bool = False) -> tl.dtype:
@@ -126,14 +145,16 @@ def block_fp8_kernel(
     pid_n = tl.program_id(1)
     split = tl.program_id(2).to(tl.int64)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = row.to(tl.int64)
     offs_k = tl.arange(0, 128)
     mask_n = offs_n < out_features
     mask_m = offs_m < num_rows
     # outputs past the end read the last row of weights and are never stored
     rows_n = tl.where(mask_n, offs_n, out_features - 1)
-    # so do rows past the end, but spread: one row read by all would be waited for
-    rows_m = offs_m % num_rows
+    # so do rows past the end, but spread: one row read by all would be waited for (and 64-bit
+    # division would take half a microsecond)
+    rows_m = (row % num_rows).to(tl.int64)
     codes_ptrs = codes_ptr + rows_n[:, None] * (num_blocks * 128) + offs_k[None, :]
     x_ptr += (pid_n * BLOCK_N // group_size).to(tl.int64) * stride_x_group
     x_ptrs = x_ptr + rows_m[:, None] * stride_x_row + offs_k[None, :]
@@ -216,11 +237,12 @@ def _launch(
     choices = tiles(target) if x_scales is not None else values_tiles()
     tile = pick_tile(choices, num_rows, out_features, num_blocks)
     grid = (triton.cdiv(num_rows, tile.block_m), triton.cdiv(out_features, tile.block_n))
-    split = pick_split(grid[0] * grid[1], num_blocks)
-    blocks_per_split = triton.cdiv(num_blocks, split)
-    deep, shallow = stages(target)
-    is_deep = blocks_per_split >= 20 and grid[0] * grid[1] * split <= 264
-    num_stages = deep if is_deep else shallow
+    num_tiles = grid[0] * grid[1]
+    wanted = _FEW_ROWS_PROGRAMS if tile.is_weight_left else _MANY_ROWS_PROGRAMS
+    if x_scales is None:
+        wanted = _VALUES_PROGRAMS
+    split = pick_split(num_tiles, num_blocks, wanted)
+    num_stages = pick_stages(tile, num_tiles * split, target)
     if x_scales is None:
         num_stages = values_stages(target)
     partials = out if split == 1 else torch.empty(split, *out.shape, device=x.device)
@@ -233,7 +255,7 @@ def _launch(
         num_rows,
         out_features,
         num_blocks,
-        blocks_per_split,
+        triton.cdiv(num_blocks, split),
         out_features // num_groups,
         x.stride(0),
         x.stride(1),

@@ -46,7 +46,7 @@ def launches(target: Target) -> Iterator[tuple[Any, Mapping[str, str], Mapping[s
     quantized_type = block_fp8.dot_type(target, is_quantized=True)
     for tile in block_fp8.tiles(target):
         for kind in ("blocks", "static"):
-            for num_stages in dict.fromkeys(block_fp8.stages(target)):
+            for num_stages in block_fp8.stages(target):
                 yield from _block_fp8(tile, kind, quantized_type, num_stages, target)
     for tile in block_fp8.values_tiles():
         types = (block_fp8.dot_type(target), block_fp8.grouped_dot_type(target))

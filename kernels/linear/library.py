@@ -7,12 +7,9 @@ from torch.nn.functional import ScalingType, pad, scaled_mm
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.target import Target
 
-# H200, [rows, 4096] x [6144, 4096]: 8192 rows 1290 TFLOP/s, 2048 rows 1199, 512 rows 847; up to 128
-# rows `block_fp8` streams the weights as fast or faster, but for the widest: 24576 outputs of 128
-# rows 34.5 us and 44
-_MIN_ROWS = 129
-_MIN_ROWS_OF_WIDE = 65
-_WIDE = 16384
+# H200, [rows, 4096] x [6144, 4096]: 8192 rows 1290 TFLOP/s, 2048 rows 1162, 512 rows 789; 256 rows
+# 20.4 us and by `block_fp8` 22.0, of [4096, 12288] 41.8 and 38.6, of [4096, 4096] 19.3 and 14.3
+_MIN_ROWS = 257
 # the library takes rows in fours, and scales of a row of weight blocks from 16 bytes on
 _ROW_UNIT = 4
 _SCALE_UNIT = 4
@@ -20,8 +17,7 @@ _SCALE_UNIT = 4
 
 def can_multiply(num_rows: int, out_features: int, target: Target) -> bool:
     """Whether there are rows enough, and the library has block-wise scales here."""
-    min_rows = _MIN_ROWS_OF_WIDE if out_features >= _WIDE else _MIN_ROWS
-    return target.name == "sm_90" and num_rows >= min_rows and not out_features % 16
+    return target.name == "sm_90" and num_rows >= _MIN_ROWS and not out_features % 16
 
 
 def linear_block_fp8(x: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

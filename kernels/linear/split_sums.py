@@ -12,13 +12,16 @@ BLOCK = 512
 MAX_SPLIT = 8
 # of a part; a shorter one is over before its pipeline is full
 _MIN_BLOCKS = 5
-# H200, [4096, 4096], 32 rows, 64 tiles: 3 parts 8.1 us, 2 parts 8.8, 8 parts 8.7
-_NUM_PROGRAMS = 192
 
 
-def pick_split(num_tiles: int, num_blocks: int) -> int:
-    """Over how many programs the blocks of inputs of a tile are divided."""
-    split = max(1, min(_NUM_PROGRAMS // num_tiles, num_blocks // _MIN_BLOCKS, MAX_SPLIT))
+def pick_split(num_tiles: int, num_blocks: int, num_programs: int) -> int:
+    """Over how many programs the blocks of inputs of a tile are divided.
+
+    Args:
+        num_blocks: of inputs.
+        num_programs: wanted in all; not exceeded by dividing.
+    """
+    split = max(1, min(num_programs // num_tiles, num_blocks // _MIN_BLOCKS, MAX_SPLIT))
     # none of them without a block
     blocks_per_split = -(-num_blocks // split)
     return -(-num_blocks // blocks_per_split)

@@ -16,6 +16,7 @@ MAX_ROWS = 32
 BLOCK_N = 64
 BLOCK_K = 128
 NUM_WARPS = 4
+_NUM_PROGRAMS = 192
 
 
 def row_tiles() -> tuple[int, ...]:
@@ -90,7 +91,7 @@ def stream_bf16(x: Tensor, w: Tensor, out_dtype: torch.dtype, target: Target) ->
         return out
     num_tiles = triton.cdiv(out_features, BLOCK_N)
     num_blocks = in_features // BLOCK_K
-    split = pick_split(num_tiles, num_blocks)
+    split = pick_split(num_tiles, num_blocks, _NUM_PROGRAMS)
     partials = out if split == 1 else torch.empty(split, *out.shape, device=x.device)
     stream_bf16_kernel[(num_tiles, split)](
         x,

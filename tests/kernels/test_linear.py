@@ -174,7 +174,7 @@ def test_streamed_weights_equal_the_reference(
 @pytest.mark.parametrize("num_tiles", [1, 24, 64, 96, 384])
 @pytest.mark.parametrize("num_blocks", [1, 8, 32, 96])
 def test_splits_leave_no_program_without_a_block(num_tiles: int, num_blocks: int) -> None:
-    split = split_sums.pick_split(num_tiles, num_blocks)
+    split = split_sums.pick_split(num_tiles, num_blocks, 192)
     blocks_per_split = -(-num_blocks // split)
     assert 1 <= split <= split_sums.MAX_SPLIT
     assert (split - 1) * blocks_per_split < num_blocks
