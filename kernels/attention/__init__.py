@@ -114,13 +114,12 @@ def attend_sparse(
     can_run = all(pool.is_contiguous() and pool.dtype == q.dtype for pool in pools)
     if target is not None and can_run and q.dtype == _KERNEL_DTYPE and dim in _DIMS:
         # only where a kernel is launched is Triton needed
-        from scission.kernels.attention import sparse_rows
+        from scission.kernels.attention import hopper_rows, sparse_rows
 
-        tile, num_splits = sparse_rows.pick_tile(num_tokens, num_heads, target)
-        return sparse_rows.attend_rows(
-            q, kv, ring, window, entries, picks, ratio, sink, scale, inverse, places,
-            tile, num_splits,
-        )  # fmt: skip
+        arguments = (q, kv, ring, window, entries, picks, ratio, sink, scale, inverse, places)
+        if hopper_rows.can_run(num_tokens, num_heads, dim, target):
+            return hopper_rows.attend_rows(*arguments, target)
+        return sparse_rows.attend_rows(*arguments, target)
     return reference.attend_sparse(
         q, kv, ring, window, entries, picks, ratio, sink, scale, inverse, places
     )

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scission.kernels.dependent_launch import await_prior, dependent, release_next
 from scission.kernels.places import Places
 from scission.kernels.target import Target
 
@@ -20,20 +21,20 @@ _LOG2_E = 1.4426950408889634
 # programs that keep 132 multiprocessors busy
 _WANTED_PROGRAMS = 132
 MAX_SPLITS = 32
-ADD_WARPS = 4
+ADD_CHANNELS = 128
+ADD_WARPS = 2
 
 
 @triton.jit
-def turn_back(values, inverse_ptr, token, stride_inverse_token, PAIRS: tl.constexpr):
-    """The last PAIRS pairs of channels of [rows, dim] fp32 turned by the token's rotation."""
+def turn_back(values, first_pair, rotation_ptr):
+    """Pairs of channels of [rows, channels] fp32, numbered from first_pair; those from 0 turn."""
     rows: tl.constexpr = values.shape[0]
-    dim: tl.constexpr = values.shape[1]
-    pair = tl.arange(0, dim // 2) - (dim // 2 - PAIRS)
-    rotation = inverse_ptr + token * stride_inverse_token + pair * 2
-    cos = tl.load(rotation, mask=pair >= 0, other=1.0)[None, :]
-    sin = tl.load(rotation + 1, mask=pair >= 0, other=0.0)[None, :]
-    a, b = tl.split(tl.reshape(values, [rows, dim // 2, 2]))
-    return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), [rows, dim])
+    channels: tl.constexpr = values.shape[1]
+    pair = first_pair + tl.arange(0, channels // 2)
+    cos = tl.load(rotation_ptr + pair * 2, mask=pair >= 0, other=1.0)[None, :]
+    sin = tl.load(rotation_ptr + pair * 2 + 1, mask=pair >= 0, other=0.0)[None, :]
+    a, b = tl.split(tl.reshape(values, [rows, channels // 2, 2]))
+    return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), [rows, channels])
 
 
 @triton.jit(do_not_specialize=["stride_tables_sequence"])
@@ -76,14 +77,16 @@ def sparse_rows_kernel(
     HAS_PICKS: tl.constexpr,
     IS_SINGLE: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """Keys are numbered: first the window's, oldest first, then the entries.
 
     With IS_SPLIT, out is the unnormalised fp32 sum of this split's keys, sums its (largest score,
-    sum of exponentials) to the base 2; else out is the result. A split without keys leaves out as
-    it is.
+    sum of exponentials) to the base 2; else out is the result.
     """
+    release_next(IS_DEPENDENT)
+    await_prior(IS_DEPENDENT)
     num_blocks_h = tl.cdiv(num_heads, BLOCK_H)
     token = (tl.program_id(0) // num_blocks_h).to(tl.int64)
     block_h = tl.program_id(0) % num_blocks_h
@@ -170,14 +173,14 @@ def sparse_rows_kernel(
         tl.store(sums + heads * 2, largest, mask=mask_h)
         tl.store(sums + heads * 2 + 1, total, mask=mask_h)
         outs = outs + split.to(tl.int64) * stride_out_split
-        mask_h = mask_h & (heads < tl.where(low < high, num_heads, 0))
     else:
         sink = tl.load(sink_ptr + heads, mask=mask_h, other=0.0) * 1.4426950408889634
         shift = tl.maximum(largest, sink)
         fade = tl.exp2(largest - shift)
         total = total * fade + tl.exp2(sink - shift)
         values = values * (fade / total)[:, None]
-        values = turn_back(values, inverse_ptr, token, stride_inverse_token, PAIRS)
+        rotation_ptr = inverse_ptr + token * stride_inverse_token
+        values = turn_back(values, PAIRS - DIM // 2, rotation_ptr)
     tl.store(
         outs[:, None] + offs_d[None, :],
         values.to(out_ptr.dtype.element_ty),
@@ -202,30 +205,34 @@ def add_splits_kernel(
     DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
-    """One program, one head of one token: the splits' sums on one scale, divided by their total."""
+    """One program, some channels of one head of one token.
+
+    The splits' sums are brought on one scale, added in order, and divided by their total.
+    """
+    release_next(IS_DEPENDENT)
+    await_prior(IS_DEPENDENT)
     pair = tl.program_id(0).to(tl.int64)
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_d = tl.arange(0, DIM)
+    first_channel = tl.program_id(1) * BLOCK_D
+    offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
+    offs_d = first_channel + tl.arange(0, BLOCK_D)
     mask_s = offs_s < num_splits
-    sums = sums_ptr + offs_s.to(tl.int64) * stride_sums_split + pair * 2
+    rows = offs_s * stride_partials_split + pair * DIM
+    partials = tl.load(
+        partials_ptr + rows[:, None] + offs_d[None, :], mask=mask_s[:, None], other=0.0
+    )
+    sums = sums_ptr + offs_s * stride_sums_split + pair * 2
     largest = tl.load(sums, mask=mask_s, other=float("-inf"))
     totals = tl.load(sums + 1, mask=mask_s, other=0.0)
     sink = tl.load(sink_ptr + pair % num_heads) * 1.4426950408889634
     shift = tl.maximum(tl.max(largest, 0), sink)
     fades = tl.exp2(largest - shift)
     total = tl.sum(totals * fades, 0) + tl.exp2(sink - shift)
-    # a split without keys has written nothing
-    has_keys = largest > float("-inf")
-    partials = tl.load(
-        partials_ptr
-        + (offs_s.to(tl.int64) * stride_partials_split + pair * DIM)[:, None]
-        + offs_d[None, :],
-        mask=has_keys[:, None],
-        other=0.0,
-    )
-    values = tl.sum(partials * (fades / total)[:, None], 0)
-    values = turn_back(values[None, :], inverse_ptr, pair // num_heads, stride_inverse_token, PAIRS)
+    values = tl.sum(partials * (fades / total)[:, None], 0)[None, :]
+    rotation_ptr = inverse_ptr + pair // num_heads * stride_inverse_token
+    values = turn_back(values, first_channel // 2 + PAIRS - DIM // 2, rotation_ptr)
     outs = out_ptr + pair * DIM + offs_d
     tl.store(outs[None, :], values.to(out_ptr.dtype.element_ty))
 
@@ -243,7 +250,7 @@ class Tile:
 def tiles(target: Target) -> tuple[Tile, Tile]:
     """For few tokens, whose keys are split most, and for many."""
     if target.has_ptx:
-        return Tile(16, 32, 4, 2), Tile(64, 32, 8, 3)
+        return Tile(16, 32, 4, 1), Tile(64, 32, 8, 3)
     if target.warp_size == 32:
         return Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)
     return Tile(16, 32, 4, 1), Tile(32, 32, 4, 1)
@@ -269,10 +276,12 @@ def attend_rows(
     scale: float,
     inverse: Tensor,
     places: Places,
-    tile: Tile,
-    num_splits: int,
+    target: Target,
+    launch: tuple[Tile, int] | None = None,
 ) -> Tensor:
+    """`launch`: the tile, and over how many programs keys are divided; None: what is picked."""
     num_tokens, num_heads, dim = q.shape
+    tile, num_splits = launch or pick_tile(num_tokens, num_heads, target)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     is_split = num_splits > 1
     partials = out
@@ -323,24 +332,44 @@ def attend_rows(
         HAS_PICKS=picks is not None,
         IS_SINGLE=places.is_single,
         IS_SPLIT=is_split,
+        IS_DEPENDENT=target.has_ptx,
         NUM_STAGES=tile.num_stages,
         num_warps=tile.num_warps,
+        **dependent(target),
     )
     if is_split:
-        add_splits_kernel[(num_tokens * num_heads,)](
-            partials,
-            sums,
-            sink,
-            turns,
-            out,
-            num_heads,
-            num_splits,
-            num_tokens * num_heads * dim,
-            num_tokens * num_heads * 2,
-            turns.stride(0),
-            DIM=dim,
-            PAIRS=pairs,
-            BLOCK_S=max(2, triton.next_power_of_2(num_splits)),
-            num_warps=ADD_WARPS,
-        )
+        add_splits(partials, sums, sink, turns, out, target)
     return out
+
+
+def add_splits(
+    partials: Tensor, sums: Tensor, sink: Tensor, turns: Tensor, out: Tensor, target: Target
+) -> None:
+    """
+    Args:
+        partials: [num_splits, num_tokens, num_heads, dim] float32.
+        sums: [num_splits, num_tokens, num_heads, 2] float32: largest score and sum, to the base 2.
+        turns: [num_tokens, pairs, 2] float32.
+        out: [num_tokens, num_heads, dim], written.
+    """
+    num_splits, num_tokens, num_heads, dim = partials.shape
+    block_d = min(dim, ADD_CHANNELS)
+    add_splits_kernel[(num_tokens * num_heads, dim // block_d)](
+        partials,
+        sums,
+        sink,
+        turns,
+        out,
+        num_heads,
+        num_splits,
+        partials.stride(0),
+        sums.stride(0),
+        turns.stride(0),
+        DIM=dim,
+        PAIRS=turns.shape[1],
+        BLOCK_S=max(2, triton.next_power_of_2(num_splits)),
+        BLOCK_D=block_d,
+        IS_DEPENDENT=target.has_ptx,
+        num_warps=ADD_WARPS,
+        **dependent(target),
+    )

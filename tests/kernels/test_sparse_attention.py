@@ -6,15 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from scission.kernels.attention import attend, attend_sparse, reference, sparse_rows
+from scission.kernels.attention import (
+    attend,
+    attend_sparse,
+    hopper_rows,
+    reference,
+    sparse_rows,
+)
 from scission.kernels.attention.sparse_rows import Tile
 from scission.kernels.places import Places
 from scission.kernels.rope import rotate_, rotations
+from scission.kernels.target import TARGETS, target_of
 from scission.kernels.testing import relative_error
 
 NAN = float("nan")
 # bf16 rounds the output, and the weights before they multiply the values
 TOLERANCE = 5e-3
+
+INTERPRETED = next(target for target in TARGETS if not target.has_ptx)
 
 Arguments = tuple[
     Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None, int, Tensor, float, Tensor, Places
@@ -182,7 +191,8 @@ def test_places_name_the_keys_that_positions_see(batch: str, kind: str) -> None:
 
 def check_kernel(case: Case, shape: Shape, tile: Tile, num_splits: int) -> None:
     arguments = case.arguments(shape)
-    actual = sparse_rows.attend_rows(*arguments, tile, num_splits)
+    target = target_of(case.q.device) or INTERPRETED
+    actual = sparse_rows.attend_rows(*arguments, target, (tile, num_splits))
     assert relative_error(actual, reference.attend_sparse(*arguments)) <= TOLERANCE
     assert not actual[case.places.positions < 0].any()
 
@@ -199,3 +209,52 @@ def test_kernel_equals_its_reference(
     dtype = torch.float16 if kernel_device.type == "cpu" else torch.bfloat16
     case = make_case(chunks, SMALL, *KINDS[kind], dtype, kernel_device, num_padding)
     check_kernel(case, SMALL, Tile(16, 16, 4, 1), num_splits)
+
+
+FLASH = Shape(num_heads=64, dim=512, rope_dim=64, window=128, block_size=128)
+PRO = Shape(num_heads=128, dim=512, rope_dim=64, window=128, block_size=128)
+REAL_BATCHES = {
+    "one token": ([(2500, 1)], 0),
+    "single tokens and padding": ([(3, 1), (0, 1), (3900, 1), (127, 1), (128, 1), (2047, 1)], 2),
+    "mixed with padding": ([(0, 300), (700, 129), (4090, 9), (37, 1)], 2),
+}
+REAL_KINDS = {"window alone": (0, None), "every entry": (128, None), "picks": (4, 512)}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", [FLASH, PRO], ids=["flash", "pro"])
+@pytest.mark.parametrize("kind", REAL_KINDS)
+@pytest.mark.parametrize("batch", REAL_BATCHES)
+def test_kernels_of_real_shapes_equal_their_reference(
+    batch: str, kind: str, shape: Shape, kernel_device: torch.device
+) -> None:
+    chunks, num_padding = REAL_BATCHES[batch]
+    case = make_case(chunks, shape, *REAL_KINDS[kind], torch.bfloat16, kernel_device, num_padding)
+    target = target_of(kernel_device)
+    assert target is not None
+    expected = reference.attend_sparse(*case.arguments(shape))
+    outs = [attend_sparse(*case.arguments(shape))]
+    outs.append(sparse_rows.attend_rows(*case.arguments(shape), target))
+    if target.name == "sm_90":
+        outs += [hopper_rows.attend_rows(*case.arguments(shape), target, n) for n in (1, 2, 5)]
+    for out in outs:
+        assert relative_error(out, expected) <= TOLERANCE
+        assert not out[case.places.positions < 0].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", REAL_KINDS)
+@pytest.mark.parametrize("num_tokens", [1, 6, 70])
+def test_replayed_graph_equals_eager_bit_for_bit(
+    num_tokens: int, kind: str, kernel_device: torch.device
+) -> None:
+    chunks = [(40 * token, 1) for token in range(num_tokens)]
+    case = make_case(chunks, FLASH, *REAL_KINDS[kind], torch.bfloat16, kernel_device)
+    eager = attend_sparse(*case.arguments(FLASH))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = attend_sparse(*case.arguments(FLASH))
+    replayed.fill_(NAN)
+    graph.replay()
+    assert torch.equal(replayed, eager)
