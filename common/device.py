@@ -16,8 +16,8 @@ _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 32 << 20
 def open_device(options: ModelOptions) -> torch.device:
     """The device that the options mean; `auto` is a GPU (CUDA or HIP) where there is one.
 
-    Sets torch's number of threads too, and on a CPU how freed memory is kept. Raises ConfigError
-    when a GPU is asked for and none is seen.
+    Sets torch's number of threads too, on a CPU how freed memory is kept, and on a GPU how kernels
+    are launched. Raises ConfigError when a GPU is asked for and none is seen.
     """
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
@@ -26,6 +26,10 @@ def open_device(options: ModelOptions) -> torch.device:
         torch.set_num_threads(options.threads)
     is_gpu = options.device == "cuda" or (options.device == "auto" and has_gpu)
     if is_gpu:
+        # only where kernels are launched is Triton needed
+        from scission.kernels.overlap import overlap_launches
+
+        overlap_launches()
         return torch.device("cuda", torch.cuda.current_device())
     _keep_freed_memory()
     return torch.device("cpu")
