@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scission.kernels.dependent_launch import await_prior, dependent, release_next
+from scission.kernels.dependent_launch import await_prior, dependent
 from scission.kernels.linear.rows import QuantizedRows, Scaling
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.rounding import quantize_blocks_as, round_to_bf16
@@ -32,7 +32,6 @@ def silu_mul_kernel(
     IS_DEPENDENT: tl.constexpr,
 ):
     """One program, some blocks of one row; out is codes, or bfloat16 with SCALING "none"."""
-    release_next(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     offs_b = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     mask_b = offs_b < num_blocks

@@ -18,7 +18,7 @@ __all__ = ["Heads", "KeyRows", "Turn", "attend_dense", "attend_heads", "tiles_of
 
 _HEAD_DIMS = (64, 128, 256)
 _KERNEL_DTYPE = torch.bfloat16
-_MAX_GROUP = 16  # query heads of a key-value head
+_MAX_GROUP = 15  # query heads of a key-value head
 _KEYS_OF_A_TILE = 64  # of one block
 
 
@@ -141,5 +141,6 @@ def can_run(heads: Heads, num_heads: int, places: Places) -> bool:
         heads.head_dim in _HEAD_DIMS
         and num_heads > 0
         and num_heads // heads.num_kv_heads <= _MAX_GROUP
+        and (heads.q_weight is None) == (heads.k_weight is None)
         and (heads.window is not None or places.block_size % _KEYS_OF_A_TILE == 0)
     )

@@ -15,17 +15,18 @@ from scission.kernels.dense_attention.head_tiles import (
     add_keys,
     load_turned,
     normalized,
-    rounded_as,
     store_heads,
 )
 from scission.kernels.dense_attention.heads import Heads, Turn
 from scission.kernels.dense_attention.single_tokens import LOG2_E, empty_heads
+from scission.kernels.dependent_launch import await_prior, dependent
 from scission.kernels.linear.rows import QuantizedRows, Scaling
 from scission.kernels.places import Places
 from scission.kernels.target import Target
 
-TURN_HEADS = 8  # of one token, that a program turns
+TURN_HEADS = 16  # of one token, that a program turns
 TURN_WARPS = 4
+SEQUENCES = 64  # that are searched at once for a tile's own
 
 
 @triton.jit
@@ -52,67 +53,54 @@ def turn_heads_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PAIRS: tl.constexpr,
-    HAS_Q_NORM: tl.constexpr,
-    HAS_K_NORM: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     HAS_QUERY_SCALE: tl.constexpr,
     IS_PAGED: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
-    """One program, some query heads, or some key-value heads, of one token.
+    """One program, some heads of one token: query heads, then key heads.
 
     q is [tokens, num_heads, HEAD_DIM]. With IS_PAGED, k is the pool of keys, and padding writes no
     row of it or of the values'; else k is [tokens, num_kv_heads, HEAD_DIM], and values stay.
     """
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    num_q_tiles = (num_heads + BLOCK_H - 1) // BLOCK_H
-    offs_h = tl.arange(0, BLOCK_H)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, HEAD_DIM)
+    is_key = heads >= num_heads
+    mask = heads < num_heads + num_kv_heads
+    await_prior(IS_DEPENDENT)
+    position = tl.load(positions_ptr + token)
     row_ptr = qkv_ptr + token * stride_qkv_token
-    rotation_ptr += token * PAIRS * 2
-    if tile < num_q_tiles:
-        heads = tile * BLOCK_H + offs_h
-        mask = heads < num_heads
-        q = load_turned(
-            row_ptr + heads * HEAD_DIM,
-            mask,
-            q_weight_ptr,
-            rotation_ptr,
-            eps,
-            HEAD_DIM,
-            PAIRS,
-            HAS_Q_NORM,
-        )
-        if HAS_QUERY_SCALE:
-            q = rounded_as(q * tl.load(query_scale_ptr + token), dtype)
-        outs = q_ptr + (token * num_heads + heads)[:, None] * HEAD_DIM + offs_d[None, :]
-        tl.store(outs, q.to(dtype), mask=mask[:, None])
-    else:
-        kv_heads = (tile - num_q_tiles) * BLOCK_H + offs_h
-        kv_mask = kv_heads < num_kv_heads
-        k = load_turned(
-            row_ptr + (num_heads + kv_heads) * HEAD_DIM,
-            kv_mask,
-            k_weight_ptr,
-            rotation_ptr,
-            eps,
-            HEAD_DIM,
-            PAIRS,
-            HAS_K_NORM,
-        )
-        row = token
-        if IS_PAGED:
-            position = tl.load(positions_ptr + token)
-            kv_mask = kv_mask & (position >= 0)
-            entry = tl.load(sequences_ptr + token) * stride_tables_seq
-            entry += tl.maximum(position, 0) // block_size
-            row = tl.load(block_tables_ptr + entry) * block_size + position % block_size
-            values = row_ptr + (num_heads + num_kv_heads + kv_heads)[:, None] * HEAD_DIM
-            v = tl.load(values + offs_d[None, :], mask=kv_mask[:, None], other=0.0)
-            kv_outs = (row * num_kv_heads + kv_heads)[:, None] * HEAD_DIM + offs_d[None, :]
-            tl.store(v_pool_ptr + kv_outs, v, mask=kv_mask[:, None])
-        kv_outs = (row * num_kv_heads + kv_heads)[:, None] * HEAD_DIM + offs_d[None, :]
-        tl.store(k_ptr + kv_outs, k.to(dtype), mask=kv_mask[:, None])
+    turned = load_turned(
+        row_ptr + heads * HEAD_DIM,
+        mask,
+        is_key,
+        q_weight_ptr,
+        k_weight_ptr,
+        rotation_ptr + token * PAIRS * 2,
+        query_scale_ptr + token,
+        eps,
+        HEAD_DIM,
+        PAIRS,
+        HAS_NORM,
+        HAS_QUERY_SCALE,
+    ).to(dtype)
+    q_outs = q_ptr + (token * num_heads + heads)[:, None] * HEAD_DIM + offs_d[None, :]
+    tl.store(q_outs, turned, mask=(mask & ~is_key)[:, None])
+    row = token
+    is_kept = mask & is_key
+    if IS_PAGED:
+        is_kept = is_kept & (position >= 0)
+        entry = tl.load(sequences_ptr + token) * stride_tables_seq
+        entry += tl.maximum(position, 0) // block_size
+        row = tl.load(block_tables_ptr + entry) * block_size + position % block_size
+    outs = (row * num_kv_heads + heads - num_heads)[:, None] * HEAD_DIM + offs_d[None, :]
+    tl.store(k_ptr + outs, turned, mask=is_kept[:, None])
+    if IS_PAGED:
+        values = row_ptr + (heads + num_kv_heads)[:, None] * HEAD_DIM + offs_d[None, :]
+        v = tl.load(values, mask=is_kept[:, None], other=0.0)
+        tl.store(v_pool_ptr + outs, v, mask=is_kept[:, None])
 
 
 @triton.jit
@@ -141,6 +129,7 @@ def chunks_kernel(
     stride_tables_seq,
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
+    SEQUENCES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -160,18 +149,16 @@ def chunks_kernel(
     # the last queries of a chunk see most keys: they come first
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
-    sequence = 0
-    after = num_seqs
-    while after - sequence > 1:
-        middle = (sequence + after) // 2
-        is_before = tl.load(cu_seqlens_ptr + middle) // queries + middle <= tile
-        sequence = tl.where(is_before, middle, sequence)
-        after = tl.where(is_before, after, middle)
+    offs_s = tl.arange(0, SEQUENCES)
+    sequence = -1
+    for before in range(0, num_seqs, SEQUENCES):
+        numbers = before + offs_s
+        firsts = tl.load(cu_seqlens_ptr + numbers, mask=numbers < num_seqs, other=0)
+        has_begun = (firsts // queries + numbers <= tile) & (numbers < num_seqs)
+        sequence += tl.sum(has_begun.to(tl.int32), axis=0)
     begin = tl.load(cu_seqlens_ptr + sequence)
     num_queries = tl.load(cu_seqlens_ptr + sequence + 1) - begin
     query = (tile - begin // queries - sequence) * queries
-    if query >= num_queries:
-        return
     context = tl.load(context_lens_ptr + sequence)
     start = context - num_queries
 
@@ -189,7 +176,8 @@ def chunks_kernel(
     # of padding -1
     positions = (start + numbers)[:, None]
     low = start + query
-    high = tl.minimum(low + queries, context)
+    # of an empty tile nothing
+    high = tl.where(query < num_queries, tl.minimum(low + queries, context), 0)
 
     largest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -200,7 +188,9 @@ def chunks_kernel(
     if HAS_WINDOW:
         slot = tl.load(slots_ptr + seq)
         first = tl.maximum(low + 1 - window, 0)
-        for key in tl.range(first // BLOCK_N * BLOCK_N, start, BLOCK_N, num_stages=NUM_STAGES):
+        for key in tl.range(
+            first // BLOCK_N * BLOCK_N, tl.minimum(start, high), BLOCK_N, num_stages=NUM_STAGES
+        ):
             keys = key + offs_n
             mask_n = ((keys >= first) & (keys < start))[:, None]
             offsets = (slot * window + keys % window)[:, None] * stride_pool_row + lanes
@@ -221,7 +211,7 @@ def chunks_kernel(
     else:
         table_ptr = block_tables_ptr + seq * stride_tables_seq
         # every query of the tile sees all of these
-        whole = tl.maximum(low + 1, 0) // BLOCK_N * BLOCK_N
+        whole = tl.maximum(tl.minimum(low + 1, high), 0) // BLOCK_N * BLOCK_N
         # read a step ahead, so that loads of keys do not wait for it; blocks hold whole tiles
         block = tl.load(table_ptr)
         for key in tl.range(0, whole, BLOCK_N, num_stages=NUM_STAGES):
@@ -301,7 +291,7 @@ def attend_chunks(
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
     k = k_pool if is_paged else qkv.new_empty(num_tokens, num_kv_heads, head_dim)
     v = qkv[:, (num_heads + num_kv_heads) * head_dim :]
-    num_tiles = triton.cdiv(num_heads, TURN_HEADS) + triton.cdiv(num_kv_heads, TURN_HEADS)
+    num_tiles = triton.cdiv(num_heads + num_kv_heads, TURN_HEADS)
     unused = qkv
     turn_heads_kernel[(num_tokens, num_tiles)](
         qkv,
@@ -324,11 +314,12 @@ def attend_chunks(
         HEAD_DIM=head_dim,
         BLOCK_H=TURN_HEADS,
         PAIRS=turn.rotation.shape[1] if heads.has_rope else 0,
-        HAS_Q_NORM=heads.q_weight is not None,
-        HAS_K_NORM=heads.k_weight is not None,
+        HAS_NORM=heads.q_weight is not None,
         HAS_QUERY_SCALE=turn.query_scale is not None,
         IS_PAGED=is_paged,
+        IS_DEPENDENT=target.has_ptx,
         num_warps=TURN_WARPS,
+        **dependent(target),
     )
     out, scales = empty_heads(qkv, num_heads * head_dim, scaling, static_scale)
     group = num_heads // num_kv_heads
@@ -357,6 +348,7 @@ def attend_chunks(
         places.block_tables.stride(0),
         HEAD_DIM=head_dim,
         GROUP=group,
+        SEQUENCES=SEQUENCES,
         BLOCK_M=rows,
         BLOCK_N=block_n(target),
         HAS_WINDOW=not is_paged,

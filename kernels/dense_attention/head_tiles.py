@@ -21,37 +21,54 @@ def rounded_as(x, dtype: tl.constexpr):
 def load_turned(
     ptrs,
     mask,
-    weight_ptr,
+    is_key,
+    q_weight_ptr,
+    k_weight_ptr,
     rotation_ptr,
+    query_scale_ptr,
     eps,
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_QUERY_SCALE: tl.constexpr,
 ):
-    """Heads that begin at ptrs [rows], normalised and turned: [rows, HEAD_DIM] float32.
+    """One token's heads that begin at ptrs [rows], normalised, turned and (queries) scaled.
 
-    weight_ptr: [HEAD_DIM]. rotation_ptr: [PAIRS, 2] of the heads' token, cosines beside sines; not
-    read where PAIRS is 0.
+    is_key: [rows], which of them are of keys. weights: [HEAD_DIM]. rotation_ptr: [PAIRS, 2],
+    cosines beside sines; not read where PAIRS is 0. query_scale_ptr: one number.
+
+    Returns:
+        [rows, HEAD_DIM] float32; zeros where masked.
     """
     dtype: tl.constexpr = ptrs.dtype.element_ty
     offs_d = tl.arange(0, HEAD_DIM)
+    is_first = offs_d < PAIRS
+    is_turned = offs_d < 2 * PAIRS
+    # the other channel of a pair, read again: it lies in another thread
+    others = tl.where(is_turned, tl.where(is_first, offs_d + PAIRS, offs_d - PAIRS), offs_d)
     x = tl.load(ptrs[:, None] + offs_d[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
-    if HAS_NORM:
-        x = rounded_as(x * inverse * tl.load(weight_ptr + offs_d)[None, :], dtype)
+    y = x
     if PAIRS > 0:
-        is_first = offs_d < PAIRS
-        is_turned = offs_d < 2 * PAIRS
-        # the other channel of a pair, read again: it lies in another thread
-        others = tl.where(is_turned, tl.where(is_first, offs_d + PAIRS, offs_d - PAIRS), offs_d)
-        y = tl.load(ptrs[:, None] + others[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
-        if HAS_NORM:
-            y = rounded_as(y * inverse * tl.load(weight_ptr + others)[None, :], dtype)
+        y = tl.load(ptrs[:, None] + others[None, :], mask=mask[:, None], other=0.0)
+        y = y.to(tl.float32)
+    if HAS_NORM:
+        inverse = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
+        q_weight, k_weight = tl.load(q_weight_ptr + offs_d), tl.load(k_weight_ptr + offs_d)
+        weight = tl.where(is_key[:, None], k_weight[None, :], q_weight[None, :])
+        x = rounded_as(x * inverse * weight, dtype)
+        if PAIRS > 0:
+            q_weight, k_weight = tl.load(q_weight_ptr + others), tl.load(k_weight_ptr + others)
+            weight = tl.where(is_key[:, None], k_weight[None, :], q_weight[None, :])
+            y = rounded_as(y * inverse * weight, dtype)
+    if PAIRS > 0:
         angles = rotation_ptr + offs_d % PAIRS * 2
         cos = tl.load(angles, mask=is_turned, other=1.0)
         sin = tl.load(angles + 1, mask=is_turned, other=0.0)
         sin = tl.where(is_first, -sin, sin)
         x = rounded_as(x * cos[None, :] + y * sin[None, :], dtype)
+    if HAS_QUERY_SCALE:
+        scaled = rounded_as(x * tl.load(query_scale_ptr), dtype)
+        x = tl.where(is_key[:, None], x, scaled)
     return x
 
 

@@ -22,8 +22,7 @@ def launches(target: Target) -> Iterator[tuple[Any, Mapping[str, str], Mapping[s
     for group, pairs, has_norm, has_query_scale, has_window, has_gate in _LAYERS.values():
         layer = {
             "PAIRS": pairs,
-            "HAS_Q_NORM": has_norm,
-            "HAS_K_NORM": has_norm,
+            "HAS_NORM": has_norm,
             "HAS_QUERY_SCALE": has_query_scale,
         }
         scaling = "dynamic" if has_norm else "static"
@@ -43,28 +42,30 @@ def launches(target: Target) -> Iterator[tuple[Any, Mapping[str, str], Mapping[s
                     "HAS_SINK": False,
                     "HAS_GATE": has_gate and is_last,
                     "SCALING": scaling,
+                    "IS_DEPENDENT": target.has_ptx,
                     "NUM_STAGES": single_tokens.num_stages(target),
                 },
                 single_tokens.NUM_WARPS,
             )
-        for is_paged in (not has_window,):
-            yield (
-                chunks.turn_heads_kernel,
-                _turn_types(),
-                {
-                    "HEAD_DIM": _HEAD_DIM,
-                    "BLOCK_H": chunks.TURN_HEADS,
-                    **layer,
-                    "IS_PAGED": is_paged,
-                },
-                chunks.TURN_WARPS,
-            )
+        yield (
+            chunks.turn_heads_kernel,
+            _turn_types(),
+            {
+                "HEAD_DIM": _HEAD_DIM,
+                "BLOCK_H": chunks.TURN_HEADS,
+                **layer,
+                "IS_PAGED": not has_window,
+                "IS_DEPENDENT": target.has_ptx,
+            },
+            chunks.TURN_WARPS,
+        )
         yield (
             chunks.chunks_kernel,
             _chunk_types(scaling),
             {
                 "HEAD_DIM": _HEAD_DIM,
                 "GROUP": group,
+                "SEQUENCES": chunks.SEQUENCES,
                 "BLOCK_M": chunks.block_m(target),
                 "BLOCK_N": chunks.block_n(target),
                 "HAS_WINDOW": has_window,
@@ -92,6 +93,7 @@ def launches(target: Target) -> Iterator[tuple[Any, Mapping[str, str], Mapping[s
                     "HAS_GATE": True,
                     "DTYPE": single_tokens.DTYPES[single_tokens.KERNEL_DTYPE],
                     "SCALING": scaling,
+                    "IS_DEPENDENT": target.has_ptx,
                 },
                 single_tokens.add_warps(num_splits),
             )
@@ -115,7 +117,8 @@ def _single_types(partial: str, scaling: str, is_last: bool) -> dict[str, str]:
         types["out_ptr"] = partial
     types["sums_ptr"] = "*fp32"
     types |= {"eps": "fp32", "scale": "fp32", "window": "i32:16", "block_size": "i32:16"}
-    return types | {"num_kv_heads": "i32", "stride_qkv_token": "i32:16", "stride_tables_seq": "i32"}
+    types |= {"num_kv_heads": "i32", "max_blocks": "i32"}
+    return types | {"stride_qkv_token": "i32:16", "stride_tables_seq": "i32"}
 
 
 def _turn_types() -> dict[str, str]:

@@ -1,9 +1,9 @@
 """One token of every sequence from its projections to finished heads: a decode step's attention.
 
 A program takes one sequence's query heads of one key-value head and a part of the keys; it turns
-its own queries, and the program whose part ends with the token turns and writes its K and V, too.
-The number of parts follows from the size of the batch, their length from what lies on the device.
-A second kernel adds the parts in a fixed order.
+its own queries, and the program whose part holds the token itself turns and writes its K, too. The
+number of parts follows from the size of the batch, their length from what lies on the device. A
+second kernel adds the parts in a fixed order.
 """
 
 import torch
@@ -19,11 +19,12 @@ from scission.kernels.dense_attention.head_tiles import (
     store_heads,
 )
 from scission.kernels.dense_attention.heads import Heads, Turn
+from scission.kernels.dependent_launch import await_prior, dependent
 from scission.kernels.linear.rows import QuantizedRows, Scaling
 from scission.kernels.places import Places
 from scission.kernels.target import Target
 
-BLOCK_M = 16  # what a dot takes at least: a group has 12 query heads at most
+BLOCK_M = 16  # what a dot takes at least; a group's query heads and its key head
 _WANTED_PROGRAMS = 528  # four for each of 132 multiprocessors
 MAX_SPLITS = 32
 NUM_WARPS = 4
@@ -57,6 +58,7 @@ def single_tokens_kernel(
     window,
     block_size,
     num_kv_heads,
+    max_blocks,
     stride_qkv_token,
     stride_tables_seq,
     HEAD_DIM: tl.constexpr,
@@ -65,13 +67,13 @@ def single_tokens_kernel(
     BLOCK_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     PAIRS: tl.constexpr,
-    HAS_Q_NORM: tl.constexpr,
-    HAS_K_NORM: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     HAS_QUERY_SCALE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINK: tl.constexpr,
     HAS_GATE: tl.constexpr,
     SCALING: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """One program, a part of one sequence's keys for the query heads of one key-value head.
@@ -84,38 +86,46 @@ def single_tokens_kernel(
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    position = tl.load(positions_ptr + token).to(tl.int32)
-
-    # the part's keys in positions: whole tiles, the token itself included
-    first = 0
-    if HAS_WINDOW:
-        first = tl.maximum(position + 1 - window, 0)
-    num_tiles = (position + BLOCK_N) // BLOCK_N - first // BLOCK_N
-    part = (num_tiles + NUM_SPLITS - 1) // NUM_SPLITS * BLOCK_N
-    low = first // BLOCK_N * BLOCK_N + split * part
-    high = tl.minimum(low + part, position + 1)
-
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, HEAD_DIM)
     mask_m = offs_m < GROUP
     num_heads = num_kv_heads * GROUP
     heads = kv_head * GROUP + offs_m
+    await_prior(IS_DEPENDENT)
+
+    # the token sees keys from `first` on, in tiles that the splits take in turns
+    position = tl.load(positions_ptr + token).to(tl.int32)
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(position + 1 - window, 0)
+    low = first // BLOCK_N * BLOCK_N + split * BLOCK_N
+    step: tl.constexpr = BLOCK_N * NUM_SPLITS
+    # the split whose turn it is when the token's own key comes
+    is_own = (position >= 0) & (position // BLOCK_N % NUM_SPLITS == low // BLOCK_N % NUM_SPLITS)
+    has_keys = low <= position
+
+    # rows are the group's query heads, then the key head
     row_ptr = qkv_ptr + token * stride_qkv_token
-    rotation_ptr += token * PAIRS * 2
-    q = load_turned(
-        row_ptr + heads * HEAD_DIM,
-        mask_m & (low < high),
+    is_key = offs_m == GROUP
+    turned = load_turned(
+        row_ptr + tl.where(is_key, num_heads + kv_head, heads) * HEAD_DIM,
+        (mask_m & has_keys) | (is_key & is_own),
+        is_key,
         q_weight_ptr,
-        rotation_ptr,
+        k_weight_ptr,
+        rotation_ptr + token * PAIRS * 2,
+        query_scale_ptr + token,
         eps,
         HEAD_DIM,
         PAIRS,
-        HAS_Q_NORM,
+        HAS_NORM,
+        HAS_QUERY_SCALE,
     )
-    if HAS_QUERY_SCALE:
-        q = rounded_as(q * tl.load(query_scale_ptr + token), dtype)
-    q = q.to(dtype)
+    k_own = tl.sum(tl.where(is_key[:, None], turned, 0.0), axis=0)
+    v_ptr = row_ptr + (num_heads + num_kv_heads + kv_head) * HEAD_DIM + offs_d
+    v_own = tl.load(v_ptr, mask=offs_d < tl.where(is_own, HEAD_DIM, 0), other=0.0)
+    q = turned.to(dtype)
 
     largest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -124,8 +134,8 @@ def single_tokens_kernel(
     slot = tl.load(slots_ptr + token)
     table_ptr = block_tables_ptr + token * stride_tables_seq
     # read a step ahead, so that loads of keys do not wait for it; blocks hold whole tiles
-    block = tl.load(table_ptr + low // block_size, mask=low < high, other=0)
-    for start in tl.range(low, tl.minimum(high, position), BLOCK_N, num_stages=NUM_STAGES):
+    block = tl.load(table_ptr + low // block_size, mask=low // block_size < max_blocks, other=0)
+    for start in tl.range(low, position, step, num_stages=NUM_STAGES):
         keys = start + offs_n
         # the token's own row is not written yet
         mask_n = keys < position
@@ -134,8 +144,8 @@ def single_tokens_kernel(
             rows = slot * window + keys % window
         else:
             rows = block * block_size + start % block_size + offs_n
-            after = start + BLOCK_N
-            block = tl.load(table_ptr + after // block_size, mask=after < high, other=0)
+            after = start + step
+            block = tl.load(table_ptr + after // block_size, mask=after < position, other=0)
         offsets = rows[:, None] * stride_pool_row + kv_head * HEAD_DIM + offs_d[None, :]
         k = tl.load(k_pool_ptr + offsets, mask=mask_n[:, None], other=0.0)
         v = tl.load(v_pool_ptr + offsets, mask=mask_n[:, None], other=0.0)
@@ -143,38 +153,27 @@ def single_tokens_kernel(
             q, k, v, mask_n[None, :], scale, largest, total, values, True
         )
 
-    if (low <= position) & (position < high):
-        # one row, in the shape that the queries have
-        mask_own = offs_m < 1
-        k_own = load_turned(
-            row_ptr + (num_heads + kv_head) * HEAD_DIM + offs_m * 0,
-            mask_own,
-            k_weight_ptr,
-            rotation_ptr,
-            eps,
-            HEAD_DIM,
-            PAIRS,
-            HAS_K_NORM,
-        )
-        k_own = tl.sum(k_own, axis=0)
-        v_own = tl.load(row_ptr + (num_heads + num_kv_heads + kv_head) * HEAD_DIM + offs_d)
+    scores = tl.sum(q.to(tl.float32) * k_own[None, :], axis=1) * scale
+    scores = tl.where(is_own, scores, float("-inf"))
+    new_largest = tl.maximum(largest, scores)
+    shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    weights = tl.exp2(scores - shift)
+    fade = tl.exp2(largest - shift)
+    total = total * fade + weights
+    # weights are rounded as those of whole tiles are
+    weights = rounded_as(weights, dtype)
+    values = values * fade[:, None] + weights[:, None] * v_own.to(tl.float32)[None, :]
+    largest = new_largest
+
+    if is_own:
         if HAS_WINDOW:
             row = slot * window + position % window
         else:
             own_block = tl.load(table_ptr + position // block_size)
             row = own_block * block_size + position % block_size
-        offsets = row * stride_pool_row + kv_head * HEAD_DIM + offs_d
-        tl.store(k_pool_ptr + offsets, k_own.to(dtype))
-        tl.store(v_pool_ptr + offsets, v_own)
-        scores = tl.sum(q.to(tl.float32) * k_own[None, :], axis=1) * scale
-        new_largest = tl.maximum(largest, scores)
-        weights = tl.exp2(scores - new_largest)
-        fade = tl.exp2(largest - new_largest)
-        total = total * fade + weights
-        # weights are rounded as those of whole tiles are
-        weights = rounded_as(weights, dtype)
-        values = values * fade[:, None] + weights[:, None] * v_own.to(tl.float32)[None, :]
-        largest = new_largest
+        own_offsets = row * stride_pool_row + kv_head * HEAD_DIM + offs_d
+        tl.store(k_pool_ptr + own_offsets, k_own.to(dtype))
+        tl.store(v_pool_ptr + own_offsets, v_own)
 
     rows = token * num_heads + heads
     if NUM_SPLITS > 1:
@@ -182,7 +181,7 @@ def single_tokens_kernel(
         tl.store(sums_ptr + parts * 2, largest, mask=mask_m)
         tl.store(sums_ptr + parts * 2 + 1, total, mask=mask_m)
         outs = out_ptr + parts[:, None] * HEAD_DIM + offs_d[None, :]
-        tl.store(outs, values, mask=mask_m[:, None] & (low < high))
+        tl.store(outs, values, mask=mask_m[:, None] & has_keys)
     else:
         values = normalized(largest, total, values, sink_ptr, heads, mask_m, HAS_SINK)
         store_heads(
@@ -216,8 +215,10 @@ def add_parts_kernel(
     HAS_GATE: tl.constexpr,
     DTYPE: tl.constexpr,
     SCALING: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     """One program, one head of one token: its parts on one scale, finished by `store_heads`."""
+    await_prior(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     offs_s = tl.arange(0, NUM_SPLITS)
     offs_d = tl.arange(0, HEAD_DIM)
@@ -225,9 +226,9 @@ def add_parts_kernel(
     largest = tl.load(sums_ptr + parts * 2)
     totals = tl.load(sums_ptr + parts * 2 + 1)
     has_keys = totals > 0.0
-    values = tl.load(
-        parts_ptr + parts[:, None] * HEAD_DIM + offs_d[None, :], mask=has_keys[:, None], other=0.0
-    )
+    # of parts without a key this is whatever was there
+    values = tl.load(parts_ptr + parts[:, None] * HEAD_DIM + offs_d[None, :])
+    values = tl.where(has_keys[:, None], values, 0.0)
     shift = tl.max(largest, axis=0)
     fades = tl.where(has_keys, tl.exp2(largest - shift), 0.0)
     value = tl.sum(values * fades[:, None], axis=0)
@@ -324,6 +325,7 @@ def attend_single_tokens(
         heads.window or 0,
         places.block_size,
         num_kv_heads,
+        places.block_tables.shape[1],
         qkv.stride(0),
         places.block_tables.stride(0),
         HEAD_DIM=head_dim,
@@ -332,15 +334,16 @@ def attend_single_tokens(
         BLOCK_N=block_n(target),
         NUM_SPLITS=num_splits,
         PAIRS=pairs,
-        HAS_Q_NORM=heads.q_weight is not None,
-        HAS_K_NORM=heads.k_weight is not None,
+        HAS_NORM=heads.q_weight is not None,
         HAS_QUERY_SCALE=turn.query_scale is not None,
         HAS_WINDOW=heads.window is not None,
         HAS_SINK=heads.sink is not None and num_splits == 1,
         HAS_GATE=gate is not None and num_splits == 1,
         SCALING=scaling or "none",
+        IS_DEPENDENT=target.has_ptx,
         NUM_STAGES=num_stages(target),
         num_warps=NUM_WARPS,
+        **dependent(target),
     )
     if num_splits > 1:
         add_parts_kernel[(num_tokens * num_heads,)](
@@ -357,7 +360,9 @@ def attend_single_tokens(
             HAS_GATE=gate is not None,
             DTYPE=DTYPES[qkv.dtype],
             SCALING=scaling or "none",
+            IS_DEPENDENT=target.has_ptx,
             num_warps=add_warps(num_splits),
+            **dependent(target),
         )
     return out if scaling is None else QuantizedRows(values=None, codes=out, scales=scales)
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scission.kernels.dependent_launch import await_prior, dependent, release_next
+from scission.kernels.dependent_launch import await_prior, dependent
 from scission.kernels.linear.rows import QuantizedRows, Scaling
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.rounding import quantize_blocks_as, round_to_bf16
@@ -36,7 +36,6 @@ def add_norm_kernel(
     IS_DEPENDENT: tl.constexpr,
 ):
     """One program, one row of num_blocks * 128 values; sums and normalised rows are bfloat16."""
-    release_next(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     offs_b = tl.arange(0, BLOCKS)
     mask_b = offs_b < num_blocks

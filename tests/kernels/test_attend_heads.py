@@ -146,7 +146,7 @@ def make_case(
 
 def _check(case: Case, scaling: str | None = None, static_scale: Tensor | None = None) -> None:
     device = case.qkv.device
-    target = target_of(device) or TARGETS[0]
+    target = target_of(device) or TARGETS[1]
     attend = single_tokens.attend_single_tokens if case.places.is_single else chunks.attend_chunks
     own = [pool.clone() for pool in case.pools]
     expected = places_reference.attend_heads(
