@@ -22,6 +22,7 @@ from scission.kernels.latents import launches as latent_launches
 from scission.kernels.linear import launches as linear_launches
 from scission.kernels.moe import launches as moe_launches
 from scission.kernels.norm import launches as norm_launches
+from scission.kernels.rope import launches as rope_launches
 from scission.kernels.sampling import launches as sampling_launches
 from scission.kernels.target import Target
 
@@ -129,8 +130,9 @@ def _decode_steps() -> Iterator[Launch]:
 
 
 def _state(target: Target) -> Iterator[Launch]:
-    """DeepSeek-V4's latents, compressors and rings."""
+    """DeepSeek-V4's rotations, latents, compressors and rings."""
     for launch in (
+        *rope_launches.launches(),
         *latent_launches.launches(target),
         *compressor_launches.launches(target),
         *cache_launches.launches(),

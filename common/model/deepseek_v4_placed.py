@@ -4,7 +4,6 @@ Kernels work out rows from positions, slots and block tables, so that a captured
 whatever these hold when it is replayed.
 """
 
-import torch
 from torch import Tensor
 
 from scission.common.layers.numerics import Numerics
@@ -18,7 +17,7 @@ from scission.kernels.cache import write_ring_
 from scission.kernels.compressor import compress_
 from scission.kernels.indexer import pick_entries
 from scission.kernels.latents import index_queries, norm_latents, turn_heads_
-from scission.kernels.rope import rotations
+from scission.kernels.rope import step_rotations
 
 
 class PlacedStep:
@@ -32,15 +31,16 @@ class PlacedStep:
         self._window = geometry.window
         self._rounds = numerics.rounds
         self.positions = positions = batch.places.positions
-        ratios = list(geometry.overlaps)
-        starts = [positions - positions % ratio for ratio in ratios]
-        compressed = rotations(torch.cat([positions, *starts]), geometry.compressed_frequencies)
-        forward, *blocks = compressed.split(positions.shape[0])
-        plain = rotations(positions, geometry.plain_frequencies)
-        self._plain = Rotation(plain, plain.conj_physical())
-        self._compressed = Rotation(forward, forward.conj_physical())
+        turns = step_rotations(
+            positions,
+            geometry.plain_frequencies,
+            geometry.compressed_frequencies,
+            list(geometry.overlaps),
+        )
+        self._plain = Rotation(turns.plain, turns.plain_inverse)
+        self._compressed = Rotation(turns.compressed, turns.compressed_inverse)
         # of the first position of each token's block, by ratio
-        self._blocks = dict(zip(ratios, blocks, strict=True))
+        self._blocks = turns.blocks
 
     def latents(
         self, x: Tensor, norms: LatentNorms, ratio: int, state: LayerState | None

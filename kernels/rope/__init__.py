@@ -2,12 +2,27 @@
 the FIRST.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from scission.kernels.rope import reference
+from scission.kernels.target import target_of
 
-__all__ = ["rotate_", "rotate_halves_", "rotations"]
+__all__ = ["StepRotations", "rotate_", "rotate_halves_", "rotations", "step_rotations"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRotations:
+    """Each [num_tokens, rope_dim / 2] complex64."""
+
+    plain: Tensor  # of the positions, by plain frequencies
+    plain_inverse: Tensor
+    compressed: Tensor  # of the positions, by the frequencies of layers with compressed entries
+    compressed_inverse: Tensor
+    blocks: Mapping[int, Tensor]  # by ratio: compressed, of the first position of a token's block
 
 
 def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -26,6 +41,37 @@ def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
     if frequencies.dtype != torch.float32:
         raise ValueError(f"frequencies must be float32, got {frequencies.dtype}")
     return reference.rotations(positions, frequencies)
+
+
+def step_rotations(
+    positions: Tensor, plain: Tensor, compressed: Tensor, ratios: Sequence[int]
+) -> StepRotations:
+    """All rotations of a step whose layers have two sets of frequencies; see `rotations`.
+
+    Args:
+        positions: [num_tokens] int64; of padding (-1) they are finite.
+        plain, compressed: [rope_dim / 2] float32, the two sets.
+        ratios: tokens of a block, for `blocks`.
+    """
+    if plain.dtype != torch.float32 or compressed.dtype != torch.float32:
+        raise ValueError(f"frequencies must be float32, got {plain.dtype}, {compressed.dtype}")
+    if plain.shape != compressed.shape:
+        raise ValueError(f"frequencies {list(plain.shape)} and {list(compressed.shape)} differ")
+    if target_of(positions.device) is None:
+        tables = reference.turn_tables(positions, plain, compressed, ratios)
+    else:
+        # only where a kernel is launched is Triton needed
+        from scission.kernels.rope import turn_tables
+
+        tables = turn_tables.turn_tables(positions, plain, compressed, ratios)
+    forward, inverse, compressed_forward, compressed_inverse, *blocks = tables.unbind()
+    return StepRotations(
+        forward,
+        inverse,
+        compressed_forward,
+        compressed_inverse,
+        dict(zip(ratios, blocks, strict=True)),
+    )
 
 
 def rotate_(x: Tensor, rotation: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Rotary position embedding in plain PyTorch: the definition."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,18 @@ from torch import Tensor
 def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
     angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
     return torch.complex(angles.cos(), angles.sin())
+
+
+def turn_tables(
+    positions: Tensor, plain: Tensor, compressed: Tensor, ratios: Sequence[int]
+) -> Tensor:
+    """[4 + number of ratios, num_tokens, rope_dim / 2] complex64: plain, its inverse, compressed,
+    its inverse, then compressed of the blocks' first positions by ratio.
+    """
+    tables = [rotations(positions, plain), rotations(positions, compressed)]
+    blocks = [rotations(positions - positions % ratio, compressed) for ratio in ratios]
+    inverses = [table.conj_physical() for table in tables]
+    return torch.stack([tables[0], inverses[0], tables[1], inverses[1], *blocks])
 
 
 def rotate_(x: Tensor, rotation: Tensor) -> Tensor:

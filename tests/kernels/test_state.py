@@ -21,7 +21,8 @@ from scission.kernels.latents import (
 )
 from scission.kernels.latents import reference as latents_reference
 from scission.kernels.places import Places
-from scission.kernels.rope import rotations
+from scission.kernels.rope import reference as rope_reference
+from scission.kernels.rope import rotations, turn_tables
 from scission.kernels.target import TARGETS, Target, target_of
 from scission.kernels.testing import relative_error
 
@@ -183,6 +184,20 @@ def test_heads_turn_in_place_as_defined(
     query_heads.turn_heads_(wide[..., :dim], EPS, rotation)
     close(wide[..., :dim], expected, BF16)
     assert torch.equal(wide[..., dim:], beside)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("ratios", [(4, 128), (8,), ()])
+@pytest.mark.parametrize(("tokens", "pairs"), [(1, 32), (19, 8), (9, 5)])
+def test_a_steps_rotations_equal_their_definition(
+    tokens: int, pairs: int, ratios: tuple[int, ...], kernel_device: torch.device
+) -> None:
+    positions = torch.arange(tokens, device=kernel_device) * 55_555
+    plain, compressed = (torch.logspace(0, last, pairs, device=kernel_device) for last in (-4, -6))
+    expected = rope_reference.turn_tables(positions, plain, compressed, ratios)
+    actual = turn_tables.turn_tables(positions, plain, compressed, ratios)
+    # angles are the same products; sines may differ in the last bit of one
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2.0**-23)
 
 
 @pytest.mark.usefixtures("poisoned")

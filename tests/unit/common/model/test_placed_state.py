@@ -14,7 +14,7 @@ from scission.kernels.cache import recent_rows, write_paged_, write_ring_, write
 from scission.kernels.compressor import compress_, pool_blocks
 from scission.kernels.indexer import hadamard
 from scission.kernels.norm import rms_norm
-from scission.kernels.rope import rotate_, rotations
+from scission.kernels.rope import rotate_, rotations, step_rotations
 
 BLOCK_SIZE, WINDOW, ROPE_DIM, WIDTH, EPS = 16, 16, 16, 80, 1e-6
 RATIOS = {4: True, 8: False}
@@ -151,3 +151,16 @@ def test_paged_rows_lie_where_the_block_table_says_and_padding_nowhere() -> None
         row = int(table[position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
         assert torch.equal(pool[row], values[token])
     assert int(pool.isfinite().all(1).sum()) == batch.num_tokens - 1
+
+
+def test_a_steps_rotations_are_those_of_its_positions_and_blocks() -> None:
+    positions = torch.tensor([0, 5, 131, 70_001, -1])
+    plain, compressed = torch.logspace(0, -3, 8), torch.logspace(0, -5, 8)
+    step = step_rotations(positions, plain, compressed, (4, 128))
+    assert torch.equal(step.plain, rotations(positions, plain))
+    assert torch.equal(step.compressed_inverse, rotations(positions, compressed).conj())
+    assert torch.equal(step.plain_inverse, step.plain.conj())
+    assert torch.equal(step.compressed, rotations(positions, compressed))
+    starts = torch.tensor([0, 4, 128, 70_000, -4])
+    assert torch.equal(step.blocks[4], rotations(starts, compressed))
+    assert torch.equal(step.blocks[128][:3], rotations(torch.tensor([0, 0, 128]), compressed))
