@@ -117,7 +117,8 @@ class CacheOptions:
 class SchedulerOptions:
     """What one step takes, and how much may wait. At a bound a worker refuses."""
 
-    max_num_batched_tokens: int = 2048  # prompt tokens a prefill step computes
+    # prompt tokens a prefill step computes; None: as many as the device is best at
+    max_num_batched_tokens: int | None = None
     max_num_seqs: int = 128  # sequences that run (decode) or are computed at once (prefill)
     max_queued: int = 1024  # requests accepted but not scheduled
     growth_tokens: int = 1024  # decode: room reserved for output at admission, at most
@@ -129,7 +130,6 @@ class SchedulerOptions:
 
     def __post_init__(self) -> None:
         for name in (
-            "max_num_batched_tokens",
             "max_num_seqs",
             "max_queued",
             "growth_tokens",
@@ -139,6 +139,14 @@ class SchedulerOptions:
             "reserve_wait_s",
         ):
             _require_positive(name, getattr(self, name))
+        if self.max_num_batched_tokens is not None:
+            _require_positive("max_num_batched_tokens", self.max_num_batched_tokens)
+
+    def batched_tokens_on(self, device_type: str) -> int:
+        """`max_num_batched_tokens` on such a device: a GPU's experts want many rows each."""
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        return 8192 if device_type == "cuda" else 2048
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,10 +44,10 @@ def measure(
     sequences.settle()
     median_s = times["median_ms"] / 1000
     floor_s = None
-    if rates is not None and subject.config is not None:
+    if rates is not None:
         mean_context = context + WARM_UP_STEPS + steps // 2
         layout = subject.loaded.layout
-        num_bytes = decode_bytes(subject.tensors, layout, subject.config, batch, mean_context)
+        num_bytes = decode_bytes(subject.tensors, layout, subject.shape, batch, mean_context)
         floor_s = num_bytes / rates.copy_bytes_per_s
     return {
         "batch": batch,

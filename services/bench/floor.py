@@ -2,6 +2,7 @@
 device's own measured rates for both. GPUs only: a CPU's figures are compared within one run.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 from scission.common.cache.layout import CacheLayout
 from scission.common.checkpoint.source import TensorDescription
-from scission.common.model.config import CSA, DENSE, DeepseekV4Config
+from scission.services.bench.shape import Shape
 
 COPY_BYTES = 1 << 30
 MATRIX_SIZE = 8192
@@ -60,7 +61,7 @@ def measure_rates(device: torch.device) -> DeviceRates:
 def decode_bytes(
     tensors: Mapping[str, TensorDescription],
     layout: CacheLayout,
-    config: DeepseekV4Config,
+    shape: Shape,
     batch: int,
     context: int,
 ) -> float:
@@ -68,68 +69,48 @@ def decode_bytes(
 
     Of the routed experts, those that `batch` independent tokens are expected to pick.
     """
-    picked = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
     weights = 0.0
     for name, tensor in tensors.items():
-        if name.startswith("mtp."):
+        if not shape.reads(name):
             continue
-        if name == "embed.weight" or name.endswith(".tid2eid"):
+        if shape.tables.fullmatch(name):
             weights += tensor.num_bytes / tensor.shape[0] * batch
-        elif ".ffn.experts." in name:
-            weights += tensor.num_bytes * picked
+        elif shape.experts.fullmatch(name):
+            weights += tensor.num_bytes * shape.picked(batch)
         else:
             weights += tensor.num_bytes
-    return weights + batch * _state_bytes(layout, config, context)
+    return weights + batch * _state_bytes(layout, shape, context)
 
 
 def prefill_operations(
-    tensors: Mapping[str, TensorDescription], config: DeepseekV4Config, num_tokens: int
+    tensors: Mapping[str, TensorDescription], shape: Shape, num_tokens: int
 ) -> Operations:
     """Operations of a whole prompt; a multiplication and its addition are two."""
-    share = config.num_experts_per_tok / config.n_routed_experts
     quantised = other = 0.0
     for name, tensor in tensors.items():
-        is_product = len(tensor.shape) == 2 and name.endswith((".weight", "_fn"))
-        if name.startswith("mtp.") or name == "embed.weight" or not is_product:
+        is_product = len(tensor.shape) >= 2 and name.endswith((".weight", "_fn"))
+        if not shape.reads(name) or shape.tables.fullmatch(name) or not is_product:
             continue
-        values = tensor.shape[0] * tensor.shape[1] * (2 if tensor.dtype == "I8" else 1)
-        rows = 1.0 if name == "head.weight" else float(num_tokens)
-        if ".ffn.experts." in name:
-            rows *= share
+        values = math.prod(tensor.shape) * (2 if tensor.dtype == "I8" else 1)
+        rows = 1.0 if shape.head.fullmatch(name) else float(num_tokens)
+        if shape.experts.fullmatch(name):
+            rows *= shape.expert_share
         if tensor.dtype in _CODES:
             quantised += 2 * values * rows
         else:
             other += 2 * values * rows
-    return Operations(quantised, other + _attention_operations(config, num_tokens))
+    seen = np.arange(1, num_tokens + 1, dtype=np.float64)
+    return Operations(quantised, other + shape.attention(seen))
 
 
-def _state_bytes(layout: CacheLayout, config: DeepseekV4Config, context: int) -> float:
+def _state_bytes(layout: CacheLayout, shape: Shape, context: int) -> float:
     """What one sequence's step reads of its state."""
     total = 0.0
     for component in layout.components:
         first, last = component.shipped_rows(context)
-        num_rows = last - first
-        if component.name == "csa_kv":
-            num_rows = min(num_rows, config.index_topk)
+        num_rows = min(last - first, shape.row_limits.get(component.name, last))
         total += num_rows * component.row_bytes * len(component.layers)
     return total
-
-
-def _attention_operations(config: DeepseekV4Config, num_tokens: int) -> float:
-    """Scores and sums over what each query attends to, and the indexer's scores of all entries."""
-    seen = np.arange(1, num_tokens + 1, dtype=np.float64)
-    window = np.minimum(seen, config.sliding_window).sum()
-    total = 0.0
-    for ratio in config.layer_ratios:
-        entries = window
-        if ratio != DENSE:
-            compressed = seen // ratio
-            if ratio == CSA:
-                total += 2 * config.index_n_heads * config.index_head_dim * compressed.sum()
-                compressed = np.minimum(compressed, config.index_topk)
-            entries = entries + compressed.sum()
-        total += 4 * config.heads_dim * entries
-    return float(total)
 
 
 def _copy_seconds(device: torch.device) -> float:

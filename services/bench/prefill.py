@@ -18,9 +18,9 @@ from scission.services.bench.report import (
     write_report,
 )
 from scission.services.bench.subject import (
-    CHUNK_TOKENS,
     Sequences,
     Subject,
+    default_chunk_tokens,
     open_subject,
     timed,
 )
@@ -35,8 +35,8 @@ def measure(
     times = spread(timed(lambda: sequences.prefill(num_tokens, chunk_tokens), repeats))
     median_s = times["median_ms"] / 1000
     floor_s = None
-    if rates is not None and subject.config is not None:
-        operations = prefill_operations(subject.tensors, subject.config, num_tokens)
+    if rates is not None:
+        operations = prefill_operations(subject.tensors, subject.shape, num_tokens)
         floor_s = operations.seconds(rates)
     return {
         "prompt_tokens": num_tokens,
@@ -51,23 +51,24 @@ def measure(
 @click.command("prefill", help="Time to the first token of one prompt, by its length.")
 @engine_options
 @click.option("--prompt-tokens", callback=integers, default="1024,8192", show_default=True)
-@click.option("--chunk-tokens", type=click.IntRange(1), default=CHUNK_TOKENS, show_default=True)
+@click.option("--chunk-tokens", type=click.IntRange(1), help="[as the workers]")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 def command(
     directory: Path,
     layers: int | None,
     json_path: Path | None,
     prompt_tokens: tuple[int, ...],
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     repeats: int,
     **options: Any,
 ) -> None:
     def run() -> None:
         with open_subject(model_options(directory, **options), layers) as subject:
             rates = rates_of(subject)
+            chunk = chunk_tokens or default_chunk_tokens(subject.device)
             results = []
             for num_tokens in prompt_tokens:
-                row = measure(subject, rates, num_tokens, chunk_tokens, repeats)
+                row = measure(subject, rates, num_tokens, chunk, repeats)
                 results.append(row)
                 click.echo(
                     f"{num_tokens:>7} prompt tokens: {row['median_ms']:.1f} ms to the first token "

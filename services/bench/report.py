@@ -80,9 +80,9 @@ def model_options(
 
 def rates_of(subject: Subject) -> DeviceRates | None:
     """The device's measured rates; None where there is no floor: on a CPU, whose absolute figures
-    say little, and for models whose work is not counted.
+    say little.
     """
-    if subject.device.type != "cuda" or subject.config is None:
+    if subject.device.type != "cuda":
         return None
     return measure_rates(subject.device)
 

@@ -16,11 +16,10 @@ from scission.common.cache.storage import CacheStorage
 from scission.common.checkpoint.headers import read_json
 from scission.common.checkpoint.open import open_source
 from scission.common.checkpoint.source import TensorDescription
-from scission.common.config import ModelOptions
+from scission.common.config import ModelOptions, SchedulerOptions
 from scission.common.device import open_device
 from scission.common.errors import ConfigError
 from scission.common.model.batch import SequenceChunk
-from scission.common.model.config import ARCHITECTURE, DeepseekV4Config, read_config
 from scission.common.model.load import LoadedModel, load_model
 from scission.common.runner import NUM_SCRATCH, Runner
 from scission.common.sampling import SequenceSampling, sample
@@ -34,8 +33,7 @@ from scission.common.stepping.sequences import (
     append,
 )
 from scission.common.types import SamplingParams
-
-CHUNK_TOKENS = 2048  # of a prompt in one pass: the workers' default
+from scission.services.bench.shape import Shape, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ class Subject:
     """A loaded model and what its floors follow from."""
 
     loaded: LoadedModel
-    config: DeepseekV4Config | None  # None: another model, whose floors are not known
+    shape: Shape
     tensors: Mapping[str, TensorDescription]  # as stored
     device: torch.device
     load_s: float
@@ -81,9 +79,8 @@ def open_subject(options: ModelOptions, num_layers: int | None) -> Iterator[Subj
         loaded = load_model(options, device)
         load_s = time.monotonic() - started_at
         tensors = open_source(options.model, options.load_format, options.seed).tensors
-        is_known = read_json(options.model / "config.json").get("architectures") == [ARCHITECTURE]
-        config = read_config(options.model) if is_known else None
-        yield Subject(loaded, config, tensors, device, load_s)
+        shape = shape_of(read_json(options.model / "config.json"))
+        yield Subject(loaded, shape, tensors, device, load_s)
 
 
 def cut_layers(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
@@ -151,11 +148,15 @@ class Sequences:
             for i in range(count)
         ]
 
-    def prefill(self, num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> None:
+    def prefill(self, num_tokens: int, chunk_tokens: int | None = None) -> None:
         """Start every sequence anew with a random prompt, one after another, and draw its next.
 
         Nothing waits for the device before a prompt's last chunk.
+
+        Args:
+            chunk_tokens: of a prompt in one pass; None: as the workers have it.
         """
+        chunk_tokens = chunk_tokens or default_chunk_tokens(self._runner.storage.device)
         for sequence in self._sequences:
             prompt = torch.randint(self._vocab_size, (num_tokens,), generator=self._generator)
             token_ids: list[int] = prompt.tolist()
@@ -186,6 +187,11 @@ class Sequences:
         while len(self._under_way) > depth:
             for drawn in self._under_way.popleft().collect():
                 append(drawn)
+
+
+def default_chunk_tokens(device: torch.device) -> int:
+    """Of a prompt in one pass, as the workers have it."""
+    return SchedulerOptions().batched_tokens_on(device.type)
 
 
 def timed(action: Callable[[], None], repeats: int) -> list[float]:

@@ -50,7 +50,7 @@ def build_engine(config: PrefillConfig, context: EngineContext) -> PrefillEngine
     runner = Runner(loaded.model, storage)
     warming_at = time.monotonic()
     # a GPU compiles and tunes for the sizes it will see; a CPU has nothing to learn from them
-    budget = config.scheduler.max_num_batched_tokens
+    budget = config.scheduler.batched_tokens_on(device.type)
     num_tokens = budget if device.type == "cuda" else loaded.layout.block_size
     runner.warm_up(min(num_tokens, loaded.max_model_len))
     meters.engine.start_up("warm_up").set(time.monotonic() - warming_at)

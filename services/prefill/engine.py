@@ -111,7 +111,7 @@ class PrefillEngine:
         self._retention = Retention(options.retain_lease_s, options.commit_lease_s)
         self._scheduler = Scheduler(
             store,
-            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_batched_tokens=options.batched_tokens_on(runner.storage.device.type),
             max_num_seqs=options.max_num_seqs,
             max_queued=options.max_queued,
             max_logits=max(1, LOGITS_BYTES // (4 * facts.vocab_size)),
