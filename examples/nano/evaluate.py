@@ -37,6 +37,7 @@ UNSEEN = tuple(name for name in TASKS if name != "about")
 # tokens of context of the long tasks
 NEEDLES = {"needle-2k": 2000, "needle-8k": 8000}
 FILLER_CHARACTERS = 4.62  # of a token, measured
+NUM_FACTS = 10  # in a text
 DEFAULT_TASKS = (*UNSEEN, *NEEDLES)
 ONE_PROCESS = "one-process-"
 WAYS = ("deployed", "exact", *(ONE_PROCESS + name for name in NUMERICS))
@@ -46,18 +47,27 @@ AT_ONCE = 64  # problems between two writes of results
 def held_out(task: str, number: int, seed: int = 7) -> list[Problem]:
     """Different problems that training never saw; fewer where a task has no more."""
     r = random.Random(f"{seed}:{task}")
+    if task in NEEDLES:
+        return _long_needles(r, NEEDLES[task], number)
     found: dict[str, Problem] = {}
     for _ in range(number * 400):
         if len(found) == number:
             break
-        if task in NEEDLES:
-            problem = problems.needle(r, int((NEEDLES[task] - 40) * FILLER_CHARACTERS), 10)
-        else:
-            problem = TASKS[task][0](r)
+        problem = TASKS[task][0](r)
         if problem.is_held_out:
             given = json.dumps(problem.tools)
             found.setdefault(problem.key + problem.question + given, problem)
     return list(found.values())
+
+
+def _long_needles(r: random.Random, num_tokens: int, number: int) -> list[Problem]:
+    """Every text is asked for all its facts: of every text one, then of every text the next."""
+    texts: list[list[Problem]] = []
+    while len(texts) * NUM_FACTS < number:
+        asked = problems.needles(r, int((num_tokens - 40) * FILLER_CHARACTERS), NUM_FACTS)
+        if asked[0].is_held_out:
+            texts.append(asked)
+    return [asked[i] for i in range(NUM_FACTS) for asked in texts][:number]
 
 
 def request(problem: Problem, *, is_thinking: bool) -> dict[str, Any]:

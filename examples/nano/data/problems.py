@@ -377,6 +377,13 @@ def needle(r: Generator, length: int = 600, num_facts: int = 4) -> Problem:
     return Problem(**{**vars(problem), "context": context})
 
 
+def needles(r: Generator, length: int, num_facts: int) -> list[Problem]:
+    """A question for each of the facts that lie in one text of about `length` characters."""
+    context, facts = haystack(r, length, num_facts)
+    asked = [fact_question(r, *fact, "needle", context) for fact in facts]
+    return [Problem(**{**vars(problem), "context": context}) for problem in asked]
+
+
 def json_format(r: Generator) -> Problem:
     name = r.choice(words.NAMES)
     values: dict[str, Any] = {
