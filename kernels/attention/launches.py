@@ -8,8 +8,8 @@ from scission.kernels.target import Target
 
 _DIM = 512
 _PAIRS = 32
-# ratio, rows of a block of 128 tokens, whether an indexer picks
-_KINDS = ((0, 0, False), (4, 32, True), (128, 1, False))
+# ratio, rows of a block of 128 tokens, whether an indexer picks: not where all entries are seen
+_KINDS = ((0, 0, False), (4, 32, False), (4, 32, True), (128, 1, False))
 
 _POINTERS = {
     **{f"{name}_ptr": "*bf16" for name in ("q", "kv", "ring", "entries")},
