@@ -13,6 +13,7 @@ from scission.common.checkpoint.deepseek_v4 import tensor_table
 from scission.common.checkpoint.write_deepseek_v4 import write_random_deepseek_v4
 from scission.common.errors import ConfigError
 from scission.common.layers.numerics import Numerics
+from scission.common.model.architecture import BLOCK_SIZE
 from scission.common.model.config import parse_config
 from scission.common.model.deepseek_v4_state import cache_layout
 from scission.common.model.registry import find_architecture
@@ -24,6 +25,7 @@ from scission.services.bench.floor import (
     prefill_operations,
 )
 from scission.services.bench.prefill import command as bench_prefill
+from scission.services.bench.shape import shape_of
 from scission.services.bench.subject import cut_layers
 from tests.published_dense import MINISTRAL3_8B, QWEN3_8B, STEP3P5_FLASH
 from tests.reference_checkpoint import published_config, tiny_config
@@ -39,7 +41,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def bytes_of(raw: dict[str, object], batch: int, context: int) -> float:
     config = parse_config(raw)
     layout = cache_layout(config, Numerics(torch.bfloat16, rounds=True))
-    return decode_bytes(tensor_table(raw), layout, config, batch, context)
+    return decode_bytes(tensor_table(raw), layout, shape_of(raw), batch, context)
 
 
 def test_a_step_of_one_token_reads_the_experts_it_picks_and_no_draft_layer() -> None:
@@ -77,11 +79,56 @@ def test_the_longer_the_context_the_more_state_is_read() -> None:
 
 def test_operations_are_twice_the_parameters_that_a_token_meets() -> None:
     raw = published_config("flash")
-    config = parse_config(raw)
-    operations = prefill_operations(tensor_table(raw), config, 1024)
+    operations = prefill_operations(tensor_table(raw), shape_of(raw), 1024)
     # 13e9 active parameters, by the publisher
     per_token = (operations.quantised + operations.other) / 1024
     assert 0.8 * 2 * 13e9 < per_token < 1.3 * 2 * 13e9
+
+
+def dense_bytes(raw: dict[str, Any], batch: int, context: int) -> float:
+    architecture = find_architecture(raw)
+    numerics = Numerics(torch.bfloat16, rounds=True)
+    layout = architecture.layout(architecture.parse(raw), numerics, BLOCK_SIZE)
+    return decode_bytes(architecture.table(raw, {}), layout, shape_of(raw), batch, context)
+
+
+def test_a_dense_step_reads_all_weights_but_the_table_and_every_key_and_value() -> None:
+    stored = sum(t.num_bytes for t in find_architecture(QWEN3_8B).table(QWEN3_8B, {}).values())
+    table = 151936 * 4096 * 2
+    row = 4096 * 2
+    assert dense_bytes(QWEN3_8B, 3, 0) == stored - table + 3 * row
+    # K and V of 8 heads of 128 channels in bf16, in 36 layers
+    per_token = 2 * 8 * 128 * 2 * 36
+    assert dense_bytes(QWEN3_8B, 3, 1024) - dense_bytes(QWEN3_8B, 3, 0) == 3 * 1024 * per_token
+
+
+def test_a_tied_table_is_read_whole() -> None:
+    tied = {**QWEN3_8B, "tie_word_embeddings": True}
+    stored = sum(t.num_bytes for t in find_architecture(tied).table(tied, {}).values())
+    assert dense_bytes(tied, 1, 0) == stored
+
+
+def test_sliding_layers_read_a_window_and_experts_are_picked() -> None:
+    whole = dense_bytes(STEP3P5_FLASH, 1, 0)
+    # 12 of 45 layers keep all tokens, the others 511: K and V of 8 heads of 128 channels in bf16
+    per_row = 2 * 8 * 128 * 2
+    assert dense_bytes(STEP3P5_FLASH, 1, 4096) - whole == per_row * (12 * 4096 + 33 * 511)
+    stored = sum(
+        t.num_bytes for t in find_architecture(STEP3P5_FLASH).table(STEP3P5_FLASH, {}).values()
+    )
+    assert 0.04 * stored < whole < 0.1 * stored
+    assert dense_bytes(STEP3P5_FLASH, 4096, 0) > 0.98 * stored
+
+
+@pytest.mark.parametrize(
+    ("config", "active"),
+    [(QWEN3_8B, 7.0e9), (MINISTRAL3_8B, 7.9e9), (STEP3P5_FLASH, 11e9)],
+    ids=lambda given: given["model_type"] if isinstance(given, dict) else "",
+)
+def test_a_dense_token_costs_twice_its_parameters(config: dict[str, Any], active: float) -> None:
+    table = find_architecture(config).table(config, {})
+    operations = prefill_operations(table, shape_of(config), 64)
+    assert 0.9 * 2 * active < (operations.quantised + operations.other) / 64 < 1.15 * 2 * active
 
 
 def test_operations_take_the_time_of_their_own_rate() -> None:
