@@ -150,7 +150,7 @@ def chunks_kernel(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     offs_s = tl.arange(0, SEQUENCES)
-    sequence = -1
+    sequence = tl.full([], -1, tl.int32)
     for before in range(0, num_seqs, SEQUENCES):
         numbers = before + offs_s
         firsts = tl.load(cu_seqlens_ptr + numbers, mask=numbers < num_seqs, other=0)
