@@ -219,6 +219,16 @@ def test_kernel_equals_its_reference(
     check_kernel(case, SMALL, Tile(16, 16, 4, 1), num_splits)
 
 
+@pytest.mark.parametrize("max_keys", [128, 640, None])
+@pytest.mark.parametrize("num_blocks", [3, 8, 100, 9000])
+def test_keys_are_split_while_programs_are_idle(num_blocks: int, max_keys: int | None) -> None:
+    num_splits = hopper_rows.pick_splits(num_blocks, 132, max_keys)
+    assert num_splits >= 1
+    if num_splits > 1:
+        assert num_splits * num_blocks <= 132
+        assert max_keys is None or (num_splits - 1) * hopper_rows.BLOCK_N < max_keys
+
+
 FLASH = Shape(num_heads=64, dim=512, rope_dim=64, window=128, block_size=128)
 PRO = Shape(num_heads=128, dim=512, rope_dim=64, window=128, block_size=128)
 REAL_BATCHES = {
