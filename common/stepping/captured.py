@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 WARM_UPS = 2
 # left free on the device: what eager passes beside the graphs need
-SPARE_BYTES = 2 << 30
+SPARE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ def launches() -> Iterator[tuple[Any, Mapping[str, str], Mapping[str, Any], int]
         next_tokens.best_parts_kernel,
         rows
         | {"bests_ptr": "*fp32", "tokens_ptr": "*i32"}
-        | {"bin_counts_ptr": "*i32", "bin_sums_ptr": "*i64"}
+        | {"bin_counts_ptr": "*i32", "bin_sums_ptr": "*i64", "bin_masses_ptr": "*i64"}
         | sizes,
         constants | {"NUM_BINS": likely.NUM_BINS},
         next_tokens.NUM_WARPS,
@@ -44,9 +44,16 @@ def launches() -> Iterator[tuple[Any, Mapping[str, str], Mapping[str, Any], int]
         "bests_ptr": "*fp32",
         "counts_ptr": "*i32",
     }
-    lists = {"sums_ptr": "*i64", "listed_keys_ptr": "*i64", "listed_masses_ptr": "*i64"}
+    masses = {"sums_ptr": "*i64", "masses_ptr": "*i64"}
+    lists = masses | {"listed_keys_ptr": "*i64", "listed_masses_ptr": "*i64"}
     cut_constants = {"BLOCK": likely.BLOCK, "MAX_PARTS": likely.MAX_PARTS}
-    yield likely.count_bins_kernel, cuts | sizes, cut_constants, likely.NUM_WARPS
+    yield (
+        likely.count_bins_kernel,
+        cuts | sizes,
+        cut_constants | {"BLOCK": likely.COUNT_BLOCK},
+        likely.COUNT_WARPS,
+    )
+    yield likely.sum_bins_kernel, cuts | masses | sizes, cut_constants, likely.NUM_WARPS
     list_constants = cut_constants | {"MAX_LISTED": likely.MAX_LISTED}
     yield likely.list_likely_kernel, cuts | lists | sizes, list_constants, likely.NUM_WARPS
     yield (

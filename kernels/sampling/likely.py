@@ -2,10 +2,10 @@
 
 Tokens have an order without ties: by logit, equal ones by id (`ordered_keys`). A cut is the key of
 the last token that is kept: the largest key so that the tokens from it on hold enough, k tokens or
-top-p's mass. `count_bins_kernel` makes a histogram of the row's logits, which says in which few
-bins the cut must lie; `list_likely_kernel` lists the tokens there, and sums the masses above and in
-all; `find_cut_kernel` finds the cut among the listed ones by bisection. Atomics add whole numbers,
-and no result depends on the order of the list.
+top-p's mass. `count_bins_kernel` makes a histogram of the row's logits, which says in which bin
+top-k cuts, and in which few top-p can; `sum_bins_kernel` sums masses where that is asked,
+`list_likely_kernel` lists the tokens of the bin where the cut lies, and `find_cut_kernel` finds it
+among them by bisection. Atomics add whole numbers, and no result depends on the order of the list.
 """
 
 import torch
@@ -17,6 +17,9 @@ from scission.kernels.sampling.reference import MASS_OF_THE_LARGEST, MIN_TEMPERA
 
 BLOCK = 1024
 NUM_WARPS = 4
+# a histogram costs as much as its bins: of more tokens at once than the other kernels take
+COUNT_BLOCK = 4096
+COUNT_WARPS = 8
 FIND_WARPS = 8
 NUM_BINS = 1024
 # tokens that a list holds; where more are equally likely, each step of the bisection reads the row
@@ -143,12 +146,94 @@ def _bracket(counts, top_k, top_p):
 
 
 @triton.jit
-def _listed_bins(counts, first_bin, last_bin, has_top_k, top_p):
-    """The first bin that is listed, and how many tokens; top-p after top-k needs all it kept."""
-    first_listed = tl.where(has_top_k & (top_p < 1.0), 0, first_bin)
+def sum_bins_kernel(
+    # tensors
+    logits_ptr,
+    positions_ptr,
+    temperatures_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    bests_ptr,
+    counts_ptr,
+    sums_ptr,
+    masses_ptr,
+    # sizes, strides in elements, meta-parameters
+    vocab_size,
+    part_size,
+    stride_logits_row,
+    BLOCK: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+):
+    """One program, one part of a row that top-p alone cuts: masses of the bins it can cut in.
+
+    sums [rows, 3] int64: tokens listed, mass of all, mass above these bins.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    if _has_cut(positions_ptr, temperatures_ptr, top_k_ptr, top_p_ptr, row) == 0:
+        return
+    counts = tl.load(counts_ptr + row * _BINS + tl.arange(0, _BINS))
+    first_bin, last_bin, has_top_k = _bracket(
+        counts, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    )
+    if has_top_k:
+        return
+    temperature = tl.load(temperatures_ptr + row)
+    largest = largest_of_parts(bests_ptr + row * MAX_PARTS, tl.num_programs(1), MAX_PARTS)
+    least = least_logit(min_p_ptr, row)
+    first = tl.program_id(1) * part_size
+    end = tl.minimum(first + part_size, vocab_size)
+    mass = tl.zeros([BLOCK], tl.int64)
+    above = tl.zeros([BLOCK], tl.int64)
+    for start in range(first, end, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < end
+        scaled = load_scaled(logits_ptr + row * stride_logits_row, offs, mask, largest, temperature)
+        bins = _bins(scaled)
+        masses = tl.where(mask & (scaled >= least), _masses(scaled), 0)
+        mass += masses
+        above += tl.where(bins < first_bin, masses, 0)
+        is_near = (masses > 0) & (bins >= first_bin) & (bins <= last_bin)
+        tl.atomic_add(masses_ptr + row * _BINS + bins, masses, mask=is_near, sem="relaxed")
+    tl.atomic_add(sums_ptr + row * 3 + 1, tl.sum(mass, axis=0), sem="relaxed")
+    tl.atomic_add(sums_ptr + row * 3 + 2, tl.sum(above, axis=0), sem="relaxed")
+
+
+@triton.jit
+def _mass_wanted(top_p, mass):
+    # one unit: the most likely token always stays
+    return tl.maximum(top_p.to(tl.float64) * mass.to(tl.float64), 1.0)
+
+
+@triton.jit
+def _listed_bins(counts_ptr, sums_ptr, masses_ptr, top_k, top_p, row):
+    """The first and the last bin that are listed; counts and masses of what lies above them.
+
+    Both are the one that the cut lies in, except where top-p goes on after top-k: it can cut
+    anywhere above.
+
+    Returns:
+        first, last bin, tokens and mass above the first, tokens listed, whether top-k cuts.
+    """
     bins = tl.arange(0, _BINS)
-    is_listed = (bins >= first_listed) & (bins <= last_bin)
-    return first_listed, tl.sum(tl.where(is_listed, counts, 0), axis=0)
+    counts = tl.load(counts_ptr + row * _BINS + bins)
+    first_bin, last_bin, has_top_k = _bracket(counts, top_k, top_p)
+    mass_above = tl.zeros_like(row)
+    if has_top_k:
+        first_bin = tl.where(top_p < 1.0, 0, last_bin)
+    else:
+        masses = tl.load(masses_ptr + row * _BINS + bins)
+        above = tl.load(sums_ptr + row * 3 + 2)
+        wanted = _mass_wanted(top_p, tl.load(sums_ptr + row * 3 + 1))
+        is_before = (above + tl.cumsum(masses, axis=0)).to(tl.float64) < wanted
+        is_before = is_before & (bins >= first_bin) & (bins < last_bin)
+        first_bin += tl.sum(is_before.to(tl.int32), axis=0)
+        last_bin = first_bin
+        mass_above = above + tl.sum(tl.where(bins < first_bin, masses, 0), axis=0)
+    count_above = tl.sum(tl.where(bins < first_bin, counts, 0), axis=0)
+    is_listed = (bins >= first_bin) & (bins <= last_bin)
+    num_listed = tl.sum(tl.where(is_listed, counts, 0), axis=0)
+    return first_bin, last_bin, count_above, mass_above, num_listed, has_top_k
 
 
 @triton.jit
@@ -163,6 +248,7 @@ def list_likely_kernel(
     bests_ptr,
     counts_ptr,
     sums_ptr,
+    masses_ptr,
     listed_keys_ptr,
     listed_masses_ptr,
     # sizes, strides in elements, meta-parameters
@@ -173,46 +259,32 @@ def list_likely_kernel(
     MAX_PARTS: tl.constexpr,
     MAX_LISTED: tl.constexpr,
 ):
-    """One program, one part of a row: its tokens in the bins that the cut can lie in.
-
-    sums [rows, 3] int64: tokens listed, mass of all, mass above the listed bins.
-    """
+    """One program, one part of a row: its tokens in the bins that the cut can lie in."""
     row = tl.program_id(0).to(tl.int64)
     if _has_cut(positions_ptr, temperatures_ptr, top_k_ptr, top_p_ptr, row) == 0:
         return
+    first_bin, last_bin, _, _, num_listed, _ = _listed_bins(
+        counts_ptr, sums_ptr, masses_ptr, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), row
+    )
+    if num_listed > MAX_LISTED:
+        return
     temperature = tl.load(temperatures_ptr + row)
-    top_p = tl.load(top_p_ptr + row)
     largest = largest_of_parts(bests_ptr + row * MAX_PARTS, tl.num_programs(1), MAX_PARTS)
     least = least_logit(min_p_ptr, row)
-    counts = tl.load(counts_ptr + row * _BINS + tl.arange(0, _BINS))
-    first_bin, last_bin, has_top_k = _bracket(counts, tl.load(top_k_ptr + row), top_p)
-    first_bin, num_listed = _listed_bins(counts, first_bin, last_bin, has_top_k, top_p)
-    # top-k alone asks for no mass
-    has_mass = (top_p < 1.0) & (has_top_k == 0)
     first = tl.program_id(1) * part_size
     end = tl.minimum(first + part_size, vocab_size)
-    mass = tl.zeros([BLOCK], tl.int64)
-    above = tl.zeros([BLOCK], tl.int64)
     for start in range(first, end, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < end
         scaled = load_scaled(logits_ptr + row * stride_logits_row, offs, mask, largest, temperature)
         bins = _bins(scaled)
-        is_kept = mask & (scaled >= least)
-        is_listed = is_kept & (bins >= first_bin) & (bins <= last_bin)
-        num_new = tl.where(num_listed <= MAX_LISTED, tl.sum(is_listed.to(tl.int32), axis=0), 0)
-        if has_mass | (num_new > 0):
-            masses = tl.where(is_kept, _masses(scaled), 0)
-            mass += masses
-            above += tl.where(bins < first_bin, masses, 0)
-            if num_new > 0:
-                at = tl.atomic_add(sums_ptr + row * 3, num_new.to(tl.int64), sem="relaxed")
-                places = row * MAX_LISTED + at + tl.cumsum(is_listed.to(tl.int32), axis=0) - 1
-                tl.store(listed_keys_ptr + places, ordered_keys(scaled, offs), mask=is_listed)
-                tl.store(listed_masses_ptr + places, masses, mask=is_listed)
-    if has_mass:
-        tl.atomic_add(sums_ptr + row * 3 + 1, tl.sum(mass, axis=0), sem="relaxed")
-        tl.atomic_add(sums_ptr + row * 3 + 2, tl.sum(above, axis=0), sem="relaxed")
+        is_listed = mask & (scaled >= least) & (bins >= first_bin) & (bins <= last_bin)
+        num_new = tl.sum(is_listed.to(tl.int32), axis=0)
+        if num_new > 0:
+            at = tl.atomic_add(sums_ptr + row * 3, num_new.to(tl.int64), sem="relaxed")
+            places = row * MAX_LISTED + at + tl.cumsum(is_listed.to(tl.int32), axis=0) - 1
+            tl.store(listed_keys_ptr + places, ordered_keys(scaled, offs), mask=is_listed)
+            tl.store(listed_masses_ptr + places, _masses(scaled), mask=is_listed)
 
 
 @triton.jit
@@ -261,6 +333,48 @@ def _order_of_edge(bin):
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
 
+@triton.jit
+def _find(
+    row_ptr,
+    keys_ptr,
+    masses_ptr,
+    num_listed,
+    vocab_size,
+    largest,
+    temperature,
+    least,
+    low,
+    high,
+    held_above,
+    wanted,
+    counts_tokens,
+    BLOCK: tl.constexpr,
+    MAX_LISTED: tl.constexpr,
+):
+    """The largest key of [low, high] from which on `wanted` or more is held."""
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        held = held_above + _held(
+            row_ptr,
+            keys_ptr,
+            masses_ptr,
+            num_listed,
+            vocab_size,
+            largest,
+            temperature,
+            least,
+            middle,
+            counts_tokens,
+            BLOCK,
+            MAX_LISTED,
+        )
+        if held.to(tl.float64) >= wanted:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 @triton.jit(do_not_specialize=["num_parts"])
 def find_cut_kernel(
     # tensors
@@ -273,6 +387,7 @@ def find_cut_kernel(
     bests_ptr,
     counts_ptr,
     sums_ptr,
+    masses_ptr,
     listed_keys_ptr,
     listed_masses_ptr,
     least_keys_ptr,
@@ -294,50 +409,47 @@ def find_cut_kernel(
     top_p = tl.load(top_p_ptr + row)
     row_ptr = logits_ptr + row * stride_logits_row
     keys_ptr = listed_keys_ptr + row * MAX_LISTED
-    masses_ptr = listed_masses_ptr + row * MAX_LISTED
+    masses_ptr_of_list = listed_masses_ptr + row * MAX_LISTED
     largest = largest_of_parts(bests_ptr + row * MAX_PARTS, num_parts, MAX_PARTS)
     least = least_logit(min_p_ptr, row)
-    counts = tl.load(counts_ptr + row * _BINS + tl.arange(0, _BINS))
-    first_bin, last_bin, has_top_k = _bracket(counts, top_k, top_p)
-    first_listed, num_listed = _listed_bins(counts, first_bin, last_bin, has_top_k, top_p)
-    is_above = (tl.arange(0, _BINS) < first_listed) & (num_listed <= MAX_LISTED)
-    count_above = tl.sum(tl.where(is_above, counts, 0), axis=0).to(tl.int64)
+    first_bin, last_bin, count_above, mass_above, num_listed, has_top_k = _listed_bins(
+        counts_ptr, sums_ptr, masses_ptr, top_k, top_p, row
+    )
     mass = tl.load(sums_ptr + row * 3 + 1)
-    mass_above = tl.where(num_listed <= MAX_LISTED, tl.load(sums_ptr + row * 3 + 2), 0)
+    if num_listed > MAX_LISTED:
+        # the whole row is read, with what lies above
+        count_above = tl.zeros_like(count_above)
+        mass_above = tl.zeros_like(mass_above)
 
     cut = _KEY_OF_NO_CUT
     low = tl.where(last_bin < _BINS - 1, _order_of_edge(last_bin + 1), _ORDER_OF_MINUS_INFINITY)
     low = low << 32
     high = (_order_of_edge(first_bin) << 32) + 0x7FFFFFFF
     if has_top_k:
-        while low < high:
-            middle = low + (high - low + 1) // 2
-            held = _held(
-                row_ptr,
-                keys_ptr,
-                masses_ptr,
-                num_listed,
-                vocab_size,
-                largest,
-                temperature,
-                least,
-                middle,
-                True,
-                BLOCK,
-                MAX_LISTED,
-            )
-            if count_above + held >= top_k:
-                low = middle
-            else:
-                high = middle - 1
+        low = _find(
+            row_ptr,
+            keys_ptr,
+            masses_ptr_of_list,
+            num_listed,
+            vocab_size,
+            largest,
+            temperature,
+            least,
+            low,
+            high,
+            count_above.to(tl.int64),
+            top_k.to(tl.float64),
+            True,
+            BLOCK,
+            MAX_LISTED,
+        )
         cut = low
         # top-p goes on among what is kept, of which all is listed then
-        high = (_order_of_edge(tl.zeros_like(last_bin)) << 32) + 0x7FFFFFFF
         mass_above = tl.zeros_like(mass_above)
         mass = _held(
             row_ptr,
             keys_ptr,
-            masses_ptr,
+            masses_ptr_of_list,
             num_listed,
             vocab_size,
             largest,
@@ -349,29 +461,23 @@ def find_cut_kernel(
             MAX_LISTED,
         )
     if top_p < 1.0:
-        # one unit: the most likely token always stays
-        wanted = tl.maximum(top_p.to(tl.float64) * mass.to(tl.float64), 1.0)
-        while low < high:
-            middle = low + (high - low + 1) // 2
-            held = _held(
-                row_ptr,
-                keys_ptr,
-                masses_ptr,
-                num_listed,
-                vocab_size,
-                largest,
-                temperature,
-                least,
-                middle,
-                False,
-                BLOCK,
-                MAX_LISTED,
-            )
-            if (mass_above + held).to(tl.float64) >= wanted:
-                low = middle
-            else:
-                high = middle - 1
-        cut = low
+        cut = _find(
+            row_ptr,
+            keys_ptr,
+            masses_ptr_of_list,
+            num_listed,
+            vocab_size,
+            largest,
+            temperature,
+            least,
+            low,
+            high,
+            mass_above,
+            _mass_wanted(top_p, mass),
+            False,
+            BLOCK,
+            MAX_LISTED,
+        )
     tl.store(least_keys_ptr + row, cut)
 
 
@@ -381,21 +487,23 @@ def cut_rows(
     bests: Tensor,
     counts: Tensor,
     sums: Tensor,
+    masses: Tensor,
     num_parts: int,
     part_size: int,
 ) -> Tensor:
-    """The least key (`ordered_keys`) that each row keeps; three launches.
+    """The least key (`ordered_keys`) that each row keeps; four launches.
 
     Args:
         bests: [rows, MAX_PARTS] float32: the largest logit of each of the row's `num_parts` parts.
         counts: [rows, NUM_BINS] int32, zeros.
         sums: [rows, 3] int64, zeros.
+        masses: [rows, NUM_BINS] int64, zeros.
 
     Returns:
         [rows] int64.
     """
     num_rows, vocab_size = logits.shape
-    keys, masses = (
+    listed_keys, listed_masses = (
         torch.empty(num_rows, MAX_LISTED, dtype=torch.int64, device=logits.device) for _ in range(2)
     )
     least_keys = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
@@ -411,12 +519,18 @@ def cut_rows(
     )
     grid = (num_rows, num_parts)
     sizes = (vocab_size, part_size, logits.stride(0))
-    count_bins_kernel[grid](*given, *sizes, BLOCK=BLOCK, MAX_PARTS=MAX_PARTS, num_warps=NUM_WARPS)
+    count_bins_kernel[grid](
+        *given, *sizes, BLOCK=COUNT_BLOCK, MAX_PARTS=MAX_PARTS, num_warps=COUNT_WARPS
+    )
+    sum_bins_kernel[grid](
+        *given, sums, masses, *sizes, BLOCK=BLOCK, MAX_PARTS=MAX_PARTS, num_warps=NUM_WARPS
+    )
     list_likely_kernel[grid](
         *given,
         sums,
-        keys,
         masses,
+        listed_keys,
+        listed_masses,
         *sizes,
         BLOCK=BLOCK,
         MAX_PARTS=MAX_PARTS,
@@ -426,8 +540,9 @@ def cut_rows(
     find_cut_kernel[(num_rows,)](
         *given,
         sums,
-        keys,
         masses,
+        listed_keys,
+        listed_masses,
         least_keys,
         vocab_size,
         num_parts,

@@ -49,6 +49,7 @@ def best_parts_kernel(
     tokens_ptr,
     bin_counts_ptr,
     bin_sums_ptr,
+    bin_masses_ptr,
     # sizes, strides in elements, meta-parameters
     vocab_size,
     part_size,
@@ -68,6 +69,7 @@ def best_parts_kernel(
     if part == 0:
         bins = tl.arange(0, NUM_BINS)
         tl.store(bin_counts_ptr + row * NUM_BINS + bins, tl.zeros([NUM_BINS], tl.int32))
+        tl.store(bin_masses_ptr + row * NUM_BINS + bins, tl.zeros([NUM_BINS], tl.int64))
         sums = tl.arange(0, 4)
         tl.store(bin_sums_ptr + row * 3 + sums, tl.zeros([4], tl.int64), mask=sums < 3)
     first = part * part_size
@@ -270,7 +272,7 @@ def feed_back_kernel(
 
 
 def draw_next(logits: Tensor, rows: NextTokens, *, is_greedy: bool) -> None:
-    """See the package's function of the same name: two launches for greedy rows, else seven."""
+    """See the package's function of the same name: two launches for greedy rows, else eight."""
     num_rows, vocab_size = logits.shape
     device = logits.device
     parts = num_parts(num_rows, vocab_size)
@@ -279,6 +281,7 @@ def draw_next(logits: Tensor, rows: NextTokens, *, is_greedy: bool) -> None:
     tokens = torch.empty(2, num_rows, MAX_PARTS, dtype=torch.int32, device=device)
     counts = torch.empty(num_rows, NUM_BINS, dtype=torch.int32, device=device)
     sums = torch.empty(num_rows, 3, dtype=torch.int64, device=device)
+    masses = torch.empty(num_rows, NUM_BINS, dtype=torch.int64, device=device)
     grid = (num_rows, parts)
     sizes = (vocab_size, part_size, logits.stride(0))
     best_parts_kernel[grid](
@@ -288,6 +291,7 @@ def draw_next(logits: Tensor, rows: NextTokens, *, is_greedy: bool) -> None:
         tokens,
         counts,
         sums,
+        masses,
         *sizes,
         BLOCK=BLOCK,
         MAX_PARTS=MAX_PARTS,
@@ -303,7 +307,7 @@ def draw_next(logits: Tensor, rows: NextTokens, *, is_greedy: bool) -> None:
             rows.choices,
             rows.counts,
             rows.min_p,
-            cut_rows(logits, rows, bests[0], counts, sums, parts, part_size),
+            cut_rows(logits, rows, bests[0], counts, sums, masses, parts, part_size),
             bests,
         )
         near_parts_kernel[grid](
