@@ -71,6 +71,7 @@ def write_ring_kernel(
 
 
 def write_ring_(ring: Tensor, values: Tensor, size: int, places: Places) -> None:
+    assert ring.is_contiguous() and values.stride(1) == 1
     width = ring.shape[1]
     num_writers = places.writer_slots.shape[0]
     write_ring_kernel[(num_writers, triton.cdiv(min(size, places.max_tokens), ROWS))](
@@ -122,6 +123,7 @@ def write_paged_kernel(
 
 
 def write_paged_(pool: Tensor, values: Tensor, places: Places) -> None:
+    assert pool.is_contiguous() and values.stride(1) == 1
     width, num_tokens = pool.shape[1], places.num_tokens
     write_paged_kernel[(triton.cdiv(num_tokens, ROWS),)](
         pool,

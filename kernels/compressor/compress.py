@@ -262,6 +262,9 @@ def compress_(
     places: Places,
     target: Target,
 ) -> None:
+    assert kv.stride(1) == 1 and score.stride(1) == 1 and block_rotation.stride(1) == 1
+    pools = (ring_kv, ring_score, entries)
+    assert ape.is_contiguous() and all(pool.is_contiguous() for pool in pools)
     num_tokens, row = kv.shape
     width = entries.shape[1]
     if not num_tokens:

@@ -146,6 +146,8 @@ def norm_latents(
     places: Places,
     keeps_values: bool,
 ) -> tuple[QuantizedRows, Tensor]:
+    assert x.stride(1) == 1 and rotation.stride(1) == 1
+    assert ring is None or ring.is_contiguous()
     num_tokens = x.shape[0]
     q_lora, dim = q_weight.shape[0], kv_weight.shape[0]
     codes = torch.empty(num_tokens, q_lora, dtype=torch.float8_e4m3fn, device=x.device)

@@ -53,6 +53,7 @@ def turn_heads_kernel(
 
 
 def turn_heads_(q: Tensor, eps: float, rotation: Tensor) -> Tensor:
+    assert q.stride(2) == 1 and rotation.stride(1) == 1
     num_tokens, num_heads, dim = q.shape
     if q.numel():
         turn_heads_kernel[(num_tokens, triton.cdiv(num_heads, HEADS))](
@@ -113,6 +114,7 @@ def index_queries_kernel(
 
 
 def index_queries(q: Tensor, rotation: Tensor, rounds: bool, target: Target) -> Tensor:
+    assert q.stride(2) == 1 and rotation.stride(1) == 1
     num_tokens, num_heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel():
