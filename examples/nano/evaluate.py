@@ -61,13 +61,13 @@ def held_out(task: str, number: int, seed: int = 7) -> list[Problem]:
 
 
 def _long_needles(r: random.Random, num_tokens: int, number: int) -> list[Problem]:
-    """Every text is asked for all its facts: of every text one, then of every text the next."""
+    """Every text is asked for all its facts, one text after the other."""
     texts: list[list[Problem]] = []
     while len(texts) * NUM_FACTS < number:
         asked = problems.needles(r, int((num_tokens - 40) * FILLER_CHARACTERS), NUM_FACTS)
         if asked[0].is_held_out:
             texts.append(asked)
-    return [asked[i] for i in range(NUM_FACTS) for asked in texts][:number]
+    return [problem for asked in texts for problem in asked][:number]
 
 
 def request(problem: Problem, *, is_thinking: bool) -> dict[str, Any]:
@@ -191,6 +191,8 @@ def evaluate(
     """What is not known yet of a task's first `number` problems."""
     problems_ = enumerate(held_out(task, number))
     asked = [(i, p) for i, p in problems_ if (way, task, i) not in known]
+    if task in NEEDLES:  # of every text one question, then the next: the prefix cache has the text
+        asked.sort(key=lambda item: item[0] % NUM_FACTS)
     for first in range(0, len(asked), AT_ONCE):
         part = asked[first : first + AT_ONCE]
         bodies = [request(p, is_thinking=bool(i % 2)) for i, p in part]
