@@ -351,7 +351,61 @@ def _find(
     BLOCK: tl.constexpr,
     MAX_LISTED: tl.constexpr,
 ):
-    """The largest key of [low, high] from which on `wanted` or more is held."""
+    """The largest key of [low, high] from which on `wanted` or more is held; at `low` it is.
+
+    First among logits, then among the tokens that have this one, if there are several.
+    """
+    order = low >> 32
+    last = high >> 32
+    while order < last:
+        middle = order + (last - order + 1) // 2
+        held = held_above + _held(
+            row_ptr,
+            keys_ptr,
+            masses_ptr,
+            num_listed,
+            vocab_size,
+            largest,
+            temperature,
+            least,
+            middle << 32,
+            counts_tokens,
+            BLOCK,
+            MAX_LISTED,
+        )
+        if held.to(tl.float64) >= wanted:
+            order = middle
+        else:
+            last = middle - 1
+    low = tl.maximum(low, order << 32)
+    num_equal = _held(
+        row_ptr,
+        keys_ptr,
+        masses_ptr,
+        num_listed,
+        vocab_size,
+        largest,
+        temperature,
+        least,
+        low,
+        True,
+        BLOCK,
+        MAX_LISTED,
+    ) - _held(
+        row_ptr,
+        keys_ptr,
+        masses_ptr,
+        num_listed,
+        vocab_size,
+        largest,
+        temperature,
+        least,
+        (order + 1) << 32,
+        True,
+        BLOCK,
+        MAX_LISTED,
+    )
+    high = tl.where(num_equal > 1, (order << 32) + 0x7FFFFFFF, low)
     while low < high:
         middle = low + (high - low + 1) // 2
         held = held_above + _held(

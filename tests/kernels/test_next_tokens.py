@@ -79,7 +79,15 @@ def test_next_tokens_are_the_references(case: str, kernel_device: torch.device) 
     check(logits, rows_of(3, kernel_device, **CASES[case]))
 
 
-@pytest.mark.parametrize("cut", [{"top_k": [7, 1, 300]}, {"top_p": [0.25, 0.001, 0.9]}], ids=str)
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"top_k": [7, 1, 300]},
+        {"top_p": [0.25, 0.001, 0.9]},
+        {"top_k": [7, 200, 300], "top_p": [0.5, 0.3, 0.9]},
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("poisoned")
 def test_equal_logits_are_cut_in_order_of_ids(
     cut: dict[str, list[float]], kernel_device: torch.device
