@@ -82,7 +82,9 @@ def tiles(target: Target) -> tuple[Tile, ...]:
     """Every tile that is launched, by rows. Of 32 rows, 128 outputs spill on gfx1201."""
     fp4, fp8 = target.num_stages(5), target.num_stages(3)
     three = target.num_stages(3)
-    return Tile(128, 16, 4, fp4, fp8), Tile(64, 32, 4, three, three), Tile(64, 64, 4, three, three)
+    # four warps run out of registers on AMD's
+    few = Tile(128, 16, 4 if target.has_ptx else 8, fp4, fp8)
+    return few, Tile(64, 32, 4, three, three), Tile(64, 64, 4, three, three)
 
 
 def pick_tile(num_pairs: int, num_experts: int, target: Target) -> Tile:
@@ -311,7 +313,9 @@ def grouped_experts_kernel(
     pid_n = tl.program_id(1)
     split = tl.program_id(2)
     num_splits = tl.num_programs(2)
-    total_rows = num_rows + SHARED_SPLIT * num_tokens
+    total_rows = num_rows
+    if HAS_SHARED:
+        total_rows += SHARED_SPLIT * num_tokens
     offs_m = tl.arange(0, BLOCK_M)
     if HAS_SHARED and slot < num_shared_slots:
         half = slot % SHARED_SPLIT
