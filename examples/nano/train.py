@@ -137,6 +137,8 @@ class Probe:
     """Held-out problems whose answers are compared as a whole, each alone in its row."""
 
     def __init__(self, num_tokens: int, lengths: tuple[int, ...], device: torch.device) -> None:
+        # not compiled: what is compiled for training gives other answers without gradients
+        self._net = Network(CONFIG, Roundings(), device)
         maker = RowMaker(nano_tokenizer(), 99)
         plain = [name for name in TASKS if name not in WITH_TOOLS]
         self._batches: list[tuple[Batch, list[str], int]] = []
@@ -149,19 +151,18 @@ class Probe:
                 ids, mask = (np.stack(part) for part in zip(*rows, strict=True))
                 self._batches.append((to_batch(ids, mask, device), chosen, length))
 
-    def __call__(self, net: Network, p: Parameters, is_sparse: bool) -> dict[str, float]:
+    @torch.no_grad()
+    def __call__(self, p: Parameters, is_sparse: bool) -> dict[str, float]:
         right: dict[str, list[bool]] = defaultdict(list)
-        weights = {name: w.detach() for name, w in rounded_weights(p, net.roundings).items()}
-        weights["norm"] = weights["norm"].requires_grad_()  # the graph of training, not another
+        weights = rounded_weights(p, self._net.roundings)
         for batch, names, length in self._batches:
-            out = net(weights, batch.ids, is_sparse=is_sparse)
+            out = self._net(weights, batch.ids, is_sparse=is_sparse, with_draft=False)
             said = batch.mask.flatten().nonzero().squeeze(1)
             targets = batch.ids.roll(-1, 1).flatten()[said]
-            with torch.no_grad():
-                guesses = F.linear(out.state[said].float(), p["head"]).argmax(-1)
-                wrong = torch.zeros_like(batch.mask.flatten())
-                wrong[said] = guesses != targets
-                is_right = ~wrong.view_as(batch.mask).any(1)
+            guesses = F.linear(out.state[said].float(), p["head"]).argmax(-1)
+            wrong = torch.zeros_like(batch.mask.flatten())
+            wrong[said] = guesses != targets
+            is_right = ~wrong.view_as(batch.mask).any(1)
             for name, right_one in zip(names, is_right.tolist(), strict=True):
                 right[f"{name}-{length}" if length > 1024 else name].append(right_one)
         return {name: round(sum(all_) / len(all_), 3) for name, all_ in sorted(right.items())}
@@ -274,14 +275,14 @@ def main() -> None:
             )  # fmt: skip
             last_note = now
         if now - last_probe > options.probe_seconds:
-            note(step=step, seconds=round(now - started, 1), right=probe(net, p, is_sparse))
+            note(step=step, seconds=round(now - started, 1), right=probe(p, is_sparse))
             last_probe = time.monotonic()
         if now - last_save > options.save_seconds:
             save()
             last_save = time.monotonic()
     save()
     if is_over:
-        note(step=optimizer.num_steps, done=True, right=probe(net, p, True))
+        note(step=optimizer.num_steps, done=True, right=probe(p, True))
 
 
 def parts_of(p: Parameters, limit: int = 15 << 20) -> list[list[str]]:
