@@ -333,7 +333,6 @@ class Indexer:
         self.head_weights = w.matrix("weights_proj", heads, d)
         self._wq_b = Linear([w.matrix("wq_b", heads * dim, config.q_lora_rank)], numerics)
         self._dim = dim
-        self._scale = dim**-0.5 * heads**-0.5
 
     def __call__(
         self, latent: Rows, head_weights: Tensor, step: Step, keys: Tensor
@@ -348,7 +347,8 @@ class Indexer:
         if not step.needs_choice(CSA, self._top_k):
             return None
         q = self._wq_b(latent).view(head_weights.shape[0], -1, self._dim)
-        return step.pick(q, head_weights * self._scale, keys, self._top_k)
+        # without the factor dim ** -0.5 heads ** -0.5 that all scores have: it picks the same
+        return step.pick(q, head_weights, keys, self._top_k)
 
 
 class MultiTokenPredictor:

@@ -92,7 +92,7 @@ class Step(Protocol):
 
         Args:
             q: [num_tokens, num_heads, dim], the indexer's queries as projected.
-            weights: [num_tokens, num_heads] float32, of any sign, scaled.
+            weights: [num_tokens, num_heads] float32, of any sign, up to a positive factor.
             keys: the pool of index entries.
         """
 
