@@ -120,6 +120,8 @@ class CapturedSteps(Generic[S]):
         """
         if self._device.type != "cuda":
             return
+        # the first request waits for no compiler
+        self._rows.write([RowChange(0, -1)])
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         sizes = self._seats.sizes[::-1]
@@ -223,6 +225,8 @@ class CapturedSteps(Generic[S]):
         # other threads may use the device meanwhile
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             logits = self._compute(size, is_greedy)
+        # the first replay also brings the graph to the device
+        graph.replay()
         return _Graph(graph.replay, logits)
 
     def _fetch_tokens(self) -> Tensor:

@@ -22,6 +22,7 @@ from scission.common.worker import EngineContext, run_worker
 from scission.services.decode.engine import DecodeEngine
 from scission.services.decode.meters import DecodeMeters
 from scission.services.decode.request import ModelFacts, RunningSequence
+from scission.services.decode.scheduler import CATCH_UP_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,9 @@ def build_engine(config: DecodeConfig, context: EngineContext) -> DecodeEngine:
     storage = CacheStorage(loaded.layout, size.num_blocks, size.num_slots, device)
     runner = Runner(loaded.model, storage)
     warming_at = time.monotonic()
-    runner.warm_up(num_tokens=1)
+    # a GPU's kernels are compiled by numbers of rows: sequences that catch up find them ready
+    for num_tokens in (1,) if device.type == "cpu" else (1, 2, 20, 80, CATCH_UP_TOKENS):
+        runner.warm_up(num_tokens)
     meters.engine.start_up("warm_up").set(time.monotonic() - warming_at)
     facts = ModelFacts(
         vocab_size=loaded.vocab_size,

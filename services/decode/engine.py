@@ -136,7 +136,7 @@ class DecodeEngine:
 
     @property
     def is_idle(self) -> bool:
-        return not self._requests
+        return not self._requests and self._batch.is_idle
 
     def load(self) -> inference_pb2.Load:
         """As of the last beat."""
