@@ -146,20 +146,14 @@ def _gather(
 
 
 @gluon.jit
-def _numbers_of_pairs(ROWS: gl.constexpr, DIM: gl.constexpr, layout: gl.constexpr):
-    """Where a thread holds a pair of channels of [ROWS, DIM], the pair's number."""
-    rows = gl.zeros([ROWS, DIM], gl.float32, layout)
-    first, _ = rows.reshape([ROWS, DIM // 2, 2]).split()
-    return gl.arange(0, DIM // 2, gl.SliceLayout(0, first.type.layout))
-
-
-@gluon.jit
-def _turn_back(values, cos, sin):
-    """Pairs of channels turned, each by its angle."""
+def _turn_back(values, turn_ptr, PAIRS: gl.constexpr):
+    """The last PAIRS pairs of channels turned by the rotation at turn_ptr."""
     rows: gl.constexpr = values.shape[0]
     dim: gl.constexpr = values.shape[1]
     a, b = values.reshape([rows, dim // 2, 2]).split()
-    cos, sin = cos[None, :], sin[None, :]
+    pair = gl.arange(0, dim // 2, gl.SliceLayout(0, a.type.layout)) - (dim // 2 - PAIRS)
+    cos = gl.load(turn_ptr + pair * 2, mask=pair >= 0, other=1.0)[None, :]
+    sin = gl.load(turn_ptr + pair * 2 + 1, mask=pair >= 0, other=0.0)[None, :]
     turned = gl.join(a * cos - b * sin, a * sin + b * cos).reshape([rows, dim])
     return gl.convert_layout(turned, values.type.layout, assert_trivial=True)
 
@@ -178,7 +172,6 @@ def _multiply(
     values_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, DIM // 2, 16])
     rows_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout))
-    pair = _numbers_of_pairs(BLOCK_H, DIM, values_layout) - (DIM // 2 - PAIRS)
     num_tiles = 0
     num_filled = 0
     items_per_token = num_blocks_h * num_splits
@@ -191,12 +184,6 @@ def _multiply(
         following = item + gl.num_programs(0)
         position = _position(following, num_items, positions_ptr, items_per_token)
         own_rows = block_h * BLOCK_H + gl.arange(0, BLOCK_H, rows_layout)
-        if not IS_SPLIT:
-            # needed last, and here by then
-            sink = gl.load(sink_ptr + own_rows) * 1.4426950408889634
-            turn = inverse_ptr + token.to(gl.int64) * stride_inverse_token + pair * 2
-            cos = gl.load(turn, mask=pair >= 0, other=1.0)
-            sin = gl.load(turn + 1, mask=pair >= 0, other=0.0)
         largest = gl.full([BLOCK_H], float("-inf"), gl.float32, rows_layout)
         # of every column of tiles; added up at the end
         totals = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, scores_layout)
@@ -212,9 +199,8 @@ def _multiply(
             k = k_smem.index(slot)
             scores = gl.zeros([BLOCK_H, BLOCK_N], gl.float32, scores_layout)
             scores = warpgroup_mma(q_smem, k.permute([1, 0]), scores, use_acc=False)
-            if start + BLOCK_N >= high:
-                gl.thread_barrier()
-                mbarrier.arrive(q_free, count=1)
+            gl.thread_barrier()
+            mbarrier.arrive(q_free, count=1, pred=start + BLOCK_N >= high)
             is_seen = start + offs_n < high
             scores = gl.where(is_seen[None, :], scores * scale, float("-inf"))
             new_largest = gl.maximum(largest, gl.max(scores, 1))
@@ -241,11 +227,13 @@ def _multiply(
             offs_d = gl.arange(0, DIM, gl.SliceLayout(0, values_layout))
             gl.store(outs[:, None] + offs_d[None, :], values)
         else:
+            sink = gl.load(sink_ptr + own_rows) * 1.4426950408889634
             shift = gl.maximum(largest, sink)
             fade = gl.exp2(largest - shift)
             fade = fade / (total * fade + gl.exp2(sink - shift))
             fade = gl.convert_layout(fade, gl.SliceLayout(1, values_layout), assert_trivial=True)
-            values = _turn_back(values * fade[:, None], cos, sin)
+            turn_ptr = inverse_ptr + token.to(gl.int64) * stride_inverse_token
+            values = _turn_back(values * fade[:, None], turn_ptr, PAIRS)
             # from pairs of channels a lane to 16 bytes, which the lanes of a row exchange
             out_layout: gl.constexpr = gl.DistributedLinearLayout(
                 [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]],
