@@ -20,6 +20,7 @@ _Stages = dict[str, Callable[[Any, dict[str, Any]], Any]]
 # what comes before a kernel's first instruction
 _BEGIN = re.compile(r"\.visible \.entry .*?// %bb\.0:[^\n]*\n", re.DOTALL)
 _MIN_CAPABILITY = 90
+_NAMES = ("waits first", "waits first")
 
 
 def overlap_launches() -> None:
@@ -29,17 +30,25 @@ def overlap_launches() -> None:
     if knobs.runtime.add_stages_inspection_hook is _wait_first:
         return
     knobs.runtime.add_stages_inspection_hook = _wait_first
-    # the hook is no part of what names a compiled kernel
+    # in triton 3.6 the hook is no part of what names a compiled kernel
     knobs.cache.dir = str(Path(knobs.cache.dir) / "overlapping")
 
 
 def _wait_first(
-    backend: Any, stages: _Stages, options: Any, language: Any, capability: int | None
-) -> None:
-    """Triton's hook: gets a compilation's stages by name, of AMD's backend without capability."""
-    make_ptx = stages.get("ptx")
-    if make_ptx is None or capability is None or capability < _MIN_CAPABILITY:
-        return
+    backend: Any = None,
+    stages: _Stages | None = None,
+    options: Any = None,
+    language: Any = None,
+    capability: int | None = None,
+) -> tuple[str, str]:
+    """Triton's hook: gets a compilation's stages by name, of AMD's backend without capability.
+
+    Without arguments later versions ask it for what names the kernels that come of it, a key
+    and its hash.
+    """
+    make_ptx = stages.get("ptx") if stages is not None else None
+    if stages is None or make_ptx is None or capability is None or capability < _MIN_CAPABILITY:
+        return _NAMES
 
     def make_waiting_ptx(source: Any, metadata: dict[str, Any]) -> str:
         text = make_ptx(source, metadata)
@@ -51,3 +60,4 @@ def _wait_first(
         return f"{text[: begin.end()]}\tgriddepcontrol.wait;\n{text[begin.end() :]}"
 
     stages["ptx"] = make_waiting_ptx
+    return _NAMES
