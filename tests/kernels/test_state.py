@@ -405,6 +405,20 @@ REAL = DECODE | PREFILL
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("num_tokens", [1, 64, 2048])
+def test_rotations_of_long_contexts_are_those_of_the_cpu(num_tokens: int) -> None:
+    device = torch.device("cuda", 0)
+    positions = torch.linspace(-1, 1_048_575, num_tokens + 1).long()[1:]
+    plain, compressed = (base ** -(torch.arange(32) / 32) for base in (1e4, 1.6e5))
+    expected = rope_reference.turn_tables(positions, plain, compressed, (4, 128))
+    tables = turn_tables.turn_tables(
+        positions.to(device), plain.to(device), compressed.to(device), (4, 128)
+    )
+    torch.testing.assert_close(tables.cpu(), expected, rtol=0, atol=2.0**-22)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("batch", REAL)
 @pytest.mark.parametrize("model", [FLASH, PRO], ids=["flash", "pro"])
 def test_latents_and_heads_equal_their_definitions_at_real_shapes(
