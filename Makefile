@@ -25,7 +25,7 @@ test: venv lint  ## everything that needs no GPU: format, lint, types, import ar
 test-gpu: venv  ## the tests that need a GPU
 	$(BIN)/python -m pytest -q -m "gpu or multi_gpu" $(ARGS)
 
-eval: venv  ## held-out problems through the whole stack, exact and deployed (ARGS="--problems 100 --tasks add sort")
+eval: venv  ## held-out problems through the whole stack and in one process, exact and deployed (ARGS="--problems 100 --tasks add sort")
 	@$(BIN)/python -m examples.nano.evaluate $(ARGS)
 
 lint: venv  ## format, lint, types and import arrows, without changing a file
