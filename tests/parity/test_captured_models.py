@@ -1,5 +1,6 @@
 """Models step by step in rows of the device: as chunks on the CPU, and as graphs bit for bit."""
 
+import json
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,17 @@ from scission.common.stepping.sequences import (
     append,
 )
 from scission.common.types import SamplingParams
+from scission.services.bench.subject import cut_layers
 from tests.dense_checkpoints import ministral3_config, qwen3_config, step3p5_config
 from tests.one_process import CPU, load_exact
+from tests.published_dense import MINISTRAL3_8B, QWEN3_8B
+from tests.reference_checkpoint import published_config
 
 CONFIGS = {
     "qwen3": qwen3_config(num_hidden_layers=2),
     "ministral3-sliding": ministral3_config(num_hidden_layers=2, sliding_window=40),
     "step3p5": step3p5_config(),
 }
-# every width that a kernel asks to be a multiple of 128
-GPU_CONFIG = qwen3_config(
-    num_hidden_layers=2, hidden_size=256, intermediate_size=384, head_dim=128, vocab_size=1024
-)
 PROMPTS = (3, 130, 61)
 BLOCKS_EACH = 3
 NUM_STEPS = 12
@@ -98,11 +98,23 @@ def test_rows_of_the_device_draw_what_chunks_draw(name: str, tmp_path: Path) -> 
     assert play(loaded, captured_steps(loaded, runner), runner) == expected
 
 
+# the first layers of published models, in their own widths; DeepSeek-V4's hold every kind of layer
+PUBLISHED = {
+    "qwen3": (QWEN3_8B, 2),
+    "ministral3": (MINISTRAL3_8B, 2),
+    "deepseek-v4": (published_config("flash"), 6),
+}
+
+
 @pytest.mark.gpu
-def test_replayed_steps_of_a_model_are_its_eager_ones_bit_for_bit(tmp_path: Path) -> None:
-    write_random_checkpoint(tmp_path, GPU_CONFIG, seed=2)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_replayed_steps_of_a_model_are_its_eager_ones_bit_for_bit(
+    name: str, tmp_path: Path
+) -> None:
+    config, num_layers = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(cut_layers(config, num_layers)))
     device = torch.device("cuda", 0)
-    loaded = load_model(ModelOptions(tmp_path, device="cuda"), device)
+    loaded = load_model(ModelOptions(tmp_path, device="cuda", load_format="dummy"), device)
     assert loaded.model.captures
     results: list[tuple[list[list[int]], list[Tensor]]] = []
     for has_graphs in (False, True):
@@ -111,7 +123,7 @@ def test_replayed_steps_of_a_model_are_its_eager_ones_bit_for_bit(tmp_path: Path
         if has_graphs:
             steps.capture()
         logits: list[Tensor] = []
-        steps._replay = _watched(steps._replay, logits)
+        steps._replay = _watched(steps, logits)
         results.append((play(loaded, steps, runner), logits))
     (eager_tokens, eager), (tokens, replayed) = results
     assert tokens == eager_tokens
@@ -120,10 +132,13 @@ def test_replayed_steps_of_a_model_are_its_eager_ones_bit_for_bit(tmp_path: Path
         assert torch.equal(ours, theirs)
 
 
-def _watched(replay: Any, logits: list[Tensor]) -> Any:
+def _watched(steps: Any, logits: list[Tensor]) -> Any:
+    """`replay`, which also keeps the logits of the rows that are no padding."""
+    replay = steps._replay
+
     def watched(is_greedy: bool) -> Tensor:
         result: Tensor = replay(is_greedy)
-        logits.append(result.clone())
+        logits.append(result[: len(steps._seats.rows)].clone())
         return result
 
     return watched
