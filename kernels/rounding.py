@@ -18,6 +18,14 @@ def round_to_bf16(x):
 
 
 @triton.jit
+def rounded_as(x, dtype: tl.constexpr):
+    """[..] float32, rounded to values that a dtype holds."""
+    if dtype == tl.bfloat16:
+        x = round_to_bf16(x)
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def store_rounded(ptrs, values, mask):
     """Store float32 values as what the pointers point to: bfloat16, rounded, or float32."""
     if ptrs.dtype.element_ty == tl.bfloat16:

@@ -10,9 +10,10 @@ from scission.common.layers.linear import Linear
 from scission.common.layers.numerics import Numerics
 from scission.common.layers.row_input import RowInput, input_of
 from scission.common.parallel.ranks import Axis
-from scission.kernels.linear import QuantizedRows
+from scission.kernels.linear import QuantizedRows, SplitSums
 
 Rows = Tensor | QuantizedRows
+Sums = Tensor | SplitSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,9 @@ class HeadProjections:
         """How the rows are taken."""
         return input_of(self.linear)
 
-    def __call__(self, x: Rows) -> Tensor:
+    def __call__(self, x: Rows) -> Sums:
         """[num_tokens, dim] -> [num_tokens, q, k, v heads side by side * head_dim]."""
-        return self.linear(x)
+        return self.linear.parts(x)
 
 
 class HeadsOutput:
@@ -110,6 +111,6 @@ class HeadsOutput:
         """How the rows are taken."""
         return input_of(self._linear)
 
-    def __call__(self, heads: Rows) -> Tensor:
+    def __call__(self, heads: Rows) -> Sums:
         """[num_tokens, heads * head_dim] -> [num_tokens, dim]."""
-        return self._axis.reduce(self._linear(heads))
+        return self._linear.reduced(heads, self._axis)

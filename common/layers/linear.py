@@ -13,9 +13,11 @@ from scission.common.parallel.ranks import Axis
 from scission.kernels.linear import (
     QuantizedRows,
     Scaling,
+    SplitSums,
     can_run,
     linear_bf16,
     linear_block_fp8,
+    linear_block_fp8_parts,
     quantize_rows,
     round_trip_rows,
 )
@@ -83,13 +85,29 @@ class Linear:
             x: rows, rounded here where they are to be; or quantised already, by `self.scaling`,
                 or with their values where nothing is rounded.
         """
+        if self._fp8 is not None and self._fp8.scales is not None:
+            return linear_block_fp8(self._rounded(x), self._fp8.codes, self._fp8.scales)
+        return self._by_values(x)
+
+    def parts(self, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
+        """As the call; where a kernel splits the inputs, the parts of the sums as they are."""
+        if self._fp8 is not None and self._fp8.scales is not None:
+            return linear_block_fp8_parts(self._rounded(x), self._fp8.codes, self._fp8.scales)
+        return self._by_values(x)
+
+    def reduced(self, x: Tensor | QuantizedRows, axis: Axis) -> Tensor | SplitSums:
+        """Summed over ranks that hold some of the inputs each; parts where there is but one."""
+        return self.parts(x) if axis.size == 1 else axis.reduce(self(x))
+
+    def _rounded(self, x: Tensor | QuantizedRows) -> Tensor | QuantizedRows:
+        """As codes are multiplied with it."""
+        if self.scaling is None:
+            return x if isinstance(x, Tensor) else _values_of(x)
+        return quantize_rows(x, self.scaling, self.static_scale) if isinstance(x, Tensor) else x
+
+    def _by_values(self, x: Tensor | QuantizedRows) -> Tensor:
         if self.scaling is None:
             x = x if isinstance(x, Tensor) else _values_of(x)
-        elif self._fp8 is not None and isinstance(x, Tensor):
-            x = quantize_rows(x, self.scaling, self.static_scale)
-        if self._fp8 is not None:
-            assert self._fp8.scales is not None
-            return linear_block_fp8(x, self._fp8.codes, self._fp8.scales)
         if isinstance(x, QuantizedRows):
             x = x.dequantize(self._dtype)
         elif self.scaling is not None:

@@ -8,7 +8,7 @@ from scission.common.layers.numerics import LINEAR_BLOCK, Numerics
 from scission.common.layers.row_input import RowInput, input_of
 from scission.common.parallel.ranks import Axis
 from scission.kernels.activation import silu_mul, silu_mul_rows
-from scission.kernels.linear import QuantizedRows
+from scission.kernels.linear import QuantizedRows, SplitSums
 
 
 class GatedMLP:
@@ -44,13 +44,16 @@ class GatedMLP:
         """How the rows are taken."""
         return input_of(self._gate_up)
 
-    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
         """[num_tokens, dim] -> [num_tokens, dim], summed over the ranks."""
-        return self._axis.reduce(self.partial(x))
+        return self._down.reduced(self._inner(x), self._axis)
 
     def partial(self, x: Tensor | QuantizedRows) -> Tensor:
         """This rank's share of the sum."""
+        return self._down(self._inner(x))
+
+    def _inner(self, x: Tensor | QuantizedRows) -> Tensor | QuantizedRows:
         gate_up, wanted = self._gate_up(x), input_of(self._down)
         if wanted.scaling is None:
-            return self._down(silu_mul(gate_up, self._limit))
-        return self._down(silu_mul_rows(gate_up, self._limit, wanted.scaling, wanted.static_scale))
+            return silu_mul(gate_up, self._limit)
+        return silu_mul_rows(gate_up, self._limit, wanted.scaling, wanted.static_scale)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from scission.common.checkpoint.weights import Weights
-from scission.kernels.linear import QuantizedRows, Scaling
+from scission.kernels.linear import QuantizedRows, Scaling, SplitSums
 from scission.kernels.norm import add_norm, rms_norm
 
 
@@ -25,7 +25,7 @@ class RMSNorm:
     def add(
         self,
         x: Tensor,
-        y: Tensor | None,
+        y: Tensor | SplitSums | None,
         quantizes: Scaling | None = None,
         static_scale: Tensor | None = None,
         *,

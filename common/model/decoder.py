@@ -16,7 +16,8 @@ from scission.common.layers.row_input import RowInput
 from scission.common.model.architecture import OnLayers
 from scission.common.model.batch import ForwardBatch
 from scission.common.model.dense_plan import LayerKind
-from scission.common.model.dense_step import KeyValues, Rows, Step, plan_steps
+from scission.common.model.dense_step import KeyValues, Rows, Step, Sums, plan_steps
+from scission.kernels.linear import whole_sums
 from scission.kernels.target import target_of
 
 NUM_LAYER_GROUPS = 4
@@ -24,8 +25,8 @@ NUM_LAYER_GROUPS = 4
 
 class DecoderLayer(Protocol):
     def __call__(
-        self, x: Tensor, y: Tensor | None, step: Step, state: KeyValues
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, y: Sums | None, step: Step, state: KeyValues
+    ) -> tuple[Tensor, Sums]:
         """The residual stream [num_tokens, dim] and what is still to be added to it, of the layer
         before and of this one; writes the step's K and V.
         """
@@ -36,7 +37,7 @@ class Attention(Protocol):
     def input(self) -> RowInput:
         """How the rows are taken."""
 
-    def __call__(self, x: Rows, step: Step, state: KeyValues) -> Tensor:
+    def __call__(self, x: Rows, step: Step, state: KeyValues) -> Sums:
         """[num_tokens, dim], normalised -> [num_tokens, dim]; writes the step's K and V."""
 
 
@@ -45,7 +46,7 @@ class FeedForward(Protocol):
     def input(self) -> RowInput:
         """How the rows are taken."""
 
-    def __call__(self, x: Rows) -> Tensor:
+    def __call__(self, x: Rows) -> Sums:
         """[num_tokens, dim], normalised -> [num_tokens, dim]."""
 
 
@@ -68,8 +69,8 @@ class ResidualLayer:
         self._mlp = mlp
 
     def __call__(
-        self, x: Tensor, y: Tensor | None, step: Step, state: KeyValues
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, y: Sums | None, step: Step, state: KeyValues
+    ) -> tuple[Tensor, Sums]:
         x, rows = _add_and_norm(x, y, self._attention_norm, self._attention.input)
         y = self._attention(rows, step, state)
         x, rows = _add_and_norm(x, y, self._mlp_norm, self._mlp.input)
@@ -77,7 +78,7 @@ class ResidualLayer:
 
 
 def _add_and_norm(
-    x: Tensor, y: Tensor | None, norm: RMSNorm, wanted: RowInput
+    x: Tensor, y: Sums | None, norm: RMSNorm, wanted: RowInput
 ) -> tuple[Tensor, Rows]:
     return norm.add(x, y, wanted.scaling, wanted.static_scale, keeps_values=wanted.keeps_values)
 
@@ -130,14 +131,15 @@ class Decoder:
         """
         steps = plan_steps(batch, self._kinds, self.layout.block_size)
         states = self._states(storage)
-        x, y = self._embed(batch.token_ids), None
+        x = self._embed(batch.token_ids)
+        y: Sums | None = None
         for first, last in self.layer_groups:
             for i in range(first, last):
                 x, y = self._layers[i](x, y, steps[self._layer_kinds[i]], states[i])
             if on_layers is not None:
                 on_layers(first, last)
-        y = batch.logit_rows(y) if y is not None else None
-        _, rows = self._norm.add(batch.logit_rows(x), y)
+        added = batch.logit_rows(whole_sums(y)) if y is not None else None
+        _, rows = self._norm.add(batch.logit_rows(x), added)
         assert isinstance(rows, Tensor)
         return self._head(rows)
 

@@ -16,10 +16,11 @@ from scission.common.model.batch import ForwardBatch
 from scission.common.model.dense_plan import KindPlan, LayerKind, plan_kinds, turn_of
 from scission.kernels.cache import recent_rows, write_rows_
 from scission.kernels.dense_attention import Heads, Turn, attend_dense, attend_heads, turn_heads
-from scission.kernels.linear import QuantizedRows
+from scission.kernels.linear import QuantizedRows, SplitSums, whole_sums
 from scission.kernels.places import Places
 
 Rows = Tensor | QuantizedRows
+Sums = Tensor | SplitSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Step(Protocol):
     """One batch, for the layers of one kind."""
 
     def attend(
-        self, qkv: Tensor, heads: Heads, state: KeyValues, gate: Tensor | None, wanted: RowInput
+        self, qkv: Sums, heads: Heads, state: KeyValues, gate: Tensor | None, wanted: RowInput
     ) -> Rows:
         """Turn, keep and attend: the rows that the output projection takes.
 
@@ -68,10 +69,10 @@ class ListedStep:
         self._plan = plan
 
     def attend(
-        self, qkv: Tensor, heads: Heads, state: KeyValues, gate: Tensor | None, wanted: RowInput
+        self, qkv: Sums, heads: Heads, state: KeyValues, gate: Tensor | None, wanted: RowInput
     ) -> Rows:
         plan, writes = self._plan, self._plan.writes
-        q, k, v = turn_heads(qkv, heads, plan.turn)
+        q, k, v = turn_heads(whole_sums(qkv), heads, plan.turn)
         k, v = k.flatten(1), v.flatten(1)
         if plan.look_back is None:
             write_rows_(state.k, writes.rows, k, writes.tokens)
@@ -100,7 +101,7 @@ class PlacedStep:
         self._turn = turn
 
     def attend(
-        self, qkv: Tensor, heads: Heads, state: KeyValues, gate: Tensor | None, wanted: RowInput
+        self, qkv: Sums, heads: Heads, state: KeyValues, gate: Tensor | None, wanted: RowInput
     ) -> Rows:
         shape = (-1, heads.num_kv_heads, heads.head_dim)
         return attend_heads(

@@ -37,7 +37,7 @@ from scission.common.model.decoder import (
     key_value_layout,
 )
 from scission.common.model.dense_plan import LayerKind, QueryScaling
-from scission.common.model.dense_step import KeyValues, Rows, Step
+from scission.common.model.dense_step import KeyValues, Rows, Step, Sums
 from scission.common.model.fields import ConfigFields
 from scission.common.model.rope_fields import read_rope
 from scission.common.parallel.ranks import Ranks
@@ -202,7 +202,7 @@ class Attention:
         """How the rows are taken."""
         return self._projections.input
 
-    def __call__(self, x: Rows, step: Step, state: KeyValues) -> Tensor:
+    def __call__(self, x: Rows, step: Step, state: KeyValues) -> Sums:
         """[num_tokens, d], normalised -> [num_tokens, d]."""
         qkv = self._projections(x)
         return self._out(step.attend(qkv, self._heads, state, None, self._out.input))

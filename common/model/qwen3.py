@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
-
 from scission.common.cache.layout import CacheLayout
 from scission.common.checkpoint.table import (
     Stored,
@@ -32,7 +30,7 @@ from scission.common.model.decoder import (
     key_value_layout,
 )
 from scission.common.model.dense_plan import LayerKind
-from scission.common.model.dense_step import KeyValues, Rows, Step
+from scission.common.model.dense_step import KeyValues, Rows, Step, Sums
 from scission.common.model.fields import ConfigFields
 from scission.common.model.rope_fields import read_rope
 from scission.common.parallel.ranks import Ranks
@@ -161,7 +159,7 @@ class Attention:
         """How the rows are taken."""
         return self._projections.input
 
-    def __call__(self, x: Rows, step: Step, state: KeyValues) -> Tensor:
+    def __call__(self, x: Rows, step: Step, state: KeyValues) -> Sums:
         """[num_tokens, d], normalised -> [num_tokens, d]."""
         qkv = self._projections(x)
         return self._out(step.attend(qkv, self._heads, state, None, self._out.input))

@@ -37,7 +37,7 @@ from scission.common.model.decoder import (
     key_value_layout,
 )
 from scission.common.model.dense_plan import LayerKind
-from scission.common.model.dense_step import KeyValues, Rows, Step
+from scission.common.model.dense_step import KeyValues, Rows, Step, Sums
 from scission.common.model.fields import ConfigFields
 from scission.common.parallel.ranks import Ranks
 from scission.kernels.dense_attention import Heads
@@ -352,7 +352,7 @@ class Attention:
         """How the rows are taken."""
         return input_of(self._projections.linear, self._gate)
 
-    def __call__(self, x: Rows, step: Step, state: KeyValues) -> Tensor:
+    def __call__(self, x: Rows, step: Step, state: KeyValues) -> Sums:
         """[num_tokens, d], normalised -> [num_tokens, d]."""
         qkv, gate = self._projections(x), self._gate(x)
         return self._out(step.attend(qkv, self._heads, state, gate, self._out.input))

@@ -9,7 +9,13 @@ from scission.kernels.dense_attention import places_reference, reference
 from scission.kernels.dense_attention.heads import Heads, Turn
 from scission.kernels.dense_attention.key_rows import KeyRows, tiles_of
 from scission.kernels.dense_attention.places_reference import turn_heads
-from scission.kernels.linear import QuantizedRows, Scaling, quantize_rows
+from scission.kernels.linear import (
+    QuantizedRows,
+    Scaling,
+    SplitSums,
+    quantize_rows,
+    whole_sums,
+)
 from scission.kernels.places import Places
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.target import target_of
@@ -70,7 +76,7 @@ def attend_dense(
 
 
 def attend_heads(
-    qkv: Tensor,
+    qkv: Tensor | SplitSums,
     heads: Heads,
     turn: Turn,
     k_pool: Tensor,
@@ -89,9 +95,9 @@ def attend_heads(
     Padding attends to nothing and gives zeros.
 
     Args:
-        qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim]; what it holds afterwards is not
-            said.
-        k_pool, v_pool: [pool rows, num_kv_heads, head_dim] of qkv's dtype.
+        qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], or the parts of its sums; what
+            it holds afterwards is not said.
+        k_pool, v_pool: [pool rows, num_kv_heads, head_dim] of the activations' dtype.
         gate: [num_tokens, num_heads]: every head's output is multiplied by its sigmoid.
         scaling, static_scale: how the output is rounded, as `quantize_rows` takes them; None: it is
             given as it is.
@@ -100,32 +106,37 @@ def attend_heads(
         [num_tokens, num_heads * head_dim].
     """
     wanted = (heads.num_kv_heads, heads.head_dim)
-    num_heads = heads.num_heads(qkv)
+    num_tokens, width = (qkv if isinstance(qkv, Tensor) else qkv.parts).shape[-2:]
+    num_heads = heads.num_heads(width)
     if (
         k_pool.shape != v_pool.shape
         or tuple(k_pool.shape[1:]) != wanted
-        or qkv.shape[1] % heads.head_dim
+        or width % heads.head_dim
         or num_heads < 0
         or (heads.num_kv_heads and num_heads % heads.num_kv_heads)
     ):
         raise ValueError(
-            f"qkv {list(qkv.shape)}, k {list(k_pool.shape)} and v {list(v_pool.shape)} do not fit "
-            f"{wanted[0]} key-value heads of {wanted[1]} channels"
+            f"qkv of {width} channels, k {list(k_pool.shape)} and v {list(v_pool.shape)} do not "
+            f"fit {wanted[0]} key-value heads of {wanted[1]} channels"
         )
-    if qkv.shape[0] != places.num_tokens:
-        raise ValueError(f"{qkv.shape[0]} rows do not fit {places.num_tokens} tokens")
-    target = target_of(qkv.device)
-    if target is not None and qkv.dtype == _KERNEL_DTYPE and can_run(heads, num_heads, places):
+    if num_tokens != places.num_tokens:
+        raise ValueError(f"{num_tokens} rows do not fit {places.num_tokens} tokens")
+    target = target_of(k_pool.device)
+    if target is not None and k_pool.dtype == _KERNEL_DTYPE and can_run(heads, num_heads, places):
         # a head is a block of scales, or rows are quantised after
         inside = scaling if heads.head_dim == FP8_BLOCK else None
         from scission.kernels.dense_attention.chunks import attend_chunks
         from scission.kernels.dense_attention.single_tokens import attend_single_tokens
 
-        attend = attend_single_tokens if places.is_single else attend_chunks
         gate = gate.contiguous() if gate is not None else None
         static = static_scale if inside else None
-        rows = attend(qkv, heads, turn, k_pool, v_pool, places, gate, inside, static, target)
+        arguments = (heads, turn, k_pool, v_pool, places, gate, inside, static, target)
+        if places.is_single:
+            rows = attend_single_tokens(qkv, *arguments)
+        else:
+            rows = attend_chunks(whole_sums(qkv), *arguments)
     else:
+        qkv = whole_sums(qkv)
         out = places_reference.attend_heads(qkv, heads, turn, k_pool, v_pool, places)
         if gate is not None:
             out = out * gate.float().sigmoid().to(out.dtype).unsqueeze(-1)

@@ -81,10 +81,14 @@ def turn_heads_kernel(
         rotation_ptr + token * PAIRS * 2,
         query_scale_ptr + token,
         eps,
+        1,
+        0,
         HEAD_DIM,
         PAIRS,
         HAS_NORM,
         HAS_QUERY_SCALE,
+        1,
+        dtype,
     ).to(dtype)
     q_outs = q_ptr + (token * num_heads + heads)[:, None] * HEAD_DIM + offs_d[None, :]
     tl.store(q_outs, turned, mask=(mask & ~is_key)[:, None])
@@ -285,7 +289,7 @@ def attend_chunks(
         gate: contiguous.
         scaling: None where heads have not 128 channels.
     """
-    num_tokens, num_heads = qkv.shape[0], heads.num_heads(qkv)
+    num_tokens, num_heads = qkv.shape[0], heads.num_heads(qkv.shape[1])
     head_dim, num_kv_heads = heads.head_dim, heads.num_kv_heads
     is_paged = heads.window is None
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
@@ -321,7 +325,7 @@ def attend_chunks(
         num_warps=TURN_WARPS,
         **dependent(target),
     )
-    out, scales = empty_heads(qkv, num_heads * head_dim, scaling, static_scale)
+    out, scales = empty_heads(qkv, (num_tokens, num_heads * head_dim), scaling, static_scale)
     group = num_heads // num_kv_heads
     rows = block_m(target)
     grid = (num_tokens // (rows // group) + places.num_seqs, num_kv_heads)

@@ -6,15 +6,8 @@ Intermediate values are rounded where the references round theirs.
 import triton
 import triton.language as tl
 
-from scission.kernels.rounding import quantize_blocks_as, round_to_bf16
-
-
-@triton.jit
-def rounded_as(x, dtype: tl.constexpr):
-    """[..] float32, rounded to values that a dtype holds."""
-    if dtype == tl.bfloat16:
-        x = round_to_bf16(x)
-    return x.to(dtype).to(tl.float32)
+from scission.kernels.linear.sum_parts import load_parts
+from scission.kernels.rounding import quantize_blocks_as, rounded_as
 
 
 @triton.jit
@@ -27,47 +20,51 @@ def load_turned(
     rotation_ptr,
     query_scale_ptr,
     eps,
+    num_parts,
+    stride_part,
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_QUERY_SCALE: tl.constexpr,
+    PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """One token's heads that begin at ptrs [rows], normalised, turned and (queries) scaled.
 
     is_key: [rows], which of them are of keys. weights: [HEAD_DIM]. rotation_ptr: [PAIRS, 2],
-    cosines beside sines; not read where PAIRS is 0. query_scale_ptr: one number.
+    cosines beside sines; not read where PAIRS is 0. query_scale_ptr: one number. num_parts, PARTS:
+    of `load_parts`. DTYPE: of the activations.
 
     Returns:
         [rows, HEAD_DIM] float32; zeros where masked.
     """
-    dtype: tl.constexpr = ptrs.dtype.element_ty
     offs_d = tl.arange(0, HEAD_DIM)
     is_first = offs_d < PAIRS
     is_turned = offs_d < 2 * PAIRS
     # the other channel of a pair, read again: it lies in another thread
     others = tl.where(is_turned, tl.where(is_first, offs_d + PAIRS, offs_d - PAIRS), offs_d)
-    x = tl.load(ptrs[:, None] + offs_d[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
+    mask = mask[:, None]
+    x = load_parts(ptrs[:, None] + offs_d[None, :], mask, num_parts, stride_part, PARTS, DTYPE)
     y = x
     if PAIRS > 0:
-        y = tl.load(ptrs[:, None] + others[None, :], mask=mask[:, None], other=0.0)
-        y = y.to(tl.float32)
+        y = load_parts(ptrs[:, None] + others[None, :], mask, num_parts, stride_part, PARTS, DTYPE)
     if HAS_NORM:
         inverse = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
         q_weight, k_weight = tl.load(q_weight_ptr + offs_d), tl.load(k_weight_ptr + offs_d)
         weight = tl.where(is_key[:, None], k_weight[None, :], q_weight[None, :])
-        x = rounded_as(x * inverse * weight, dtype)
+        x = rounded_as(x * inverse * weight, DTYPE)
         if PAIRS > 0:
             q_weight, k_weight = tl.load(q_weight_ptr + others), tl.load(k_weight_ptr + others)
             weight = tl.where(is_key[:, None], k_weight[None, :], q_weight[None, :])
-            y = rounded_as(y * inverse * weight, dtype)
+            y = rounded_as(y * inverse * weight, DTYPE)
     if PAIRS > 0:
         angles = rotation_ptr + offs_d % PAIRS * 2
         cos = tl.load(angles, mask=is_turned, other=1.0)
         sin = tl.load(angles + 1, mask=is_turned, other=0.0)
         sin = tl.where(is_first, -sin, sin)
-        x = rounded_as(x * cos[None, :] + y * sin[None, :], dtype)
+        x = rounded_as(x * cos[None, :] + y * sin[None, :], DTYPE)
     if HAS_QUERY_SCALE:
-        scaled = rounded_as(x * tl.load(query_scale_ptr), dtype)
+        scaled = rounded_as(x * tl.load(query_scale_ptr), DTYPE)
         x = tl.where(is_key[:, None], x, scaled)
     return x
 

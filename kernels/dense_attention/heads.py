@@ -19,9 +19,9 @@ class Heads:
     has_rope: bool = True
     sink: Tensor | None = None  # [num_heads] float32: one more logit of the denominator, unscaled
 
-    def num_heads(self, qkv: Tensor) -> int:
-        """Query heads of projections [num_tokens, (num_heads + 2 num_kv_heads) * head_dim]."""
-        return qkv.shape[1] // self.head_dim - 2 * self.num_kv_heads
+    def num_heads(self, width: int) -> int:
+        """Query heads of projections [num_tokens, width], queries, keys and values side by side."""
+        return width // self.head_dim - 2 * self.num_kv_heads
 
 
 @dataclass(frozen=True, slots=True)

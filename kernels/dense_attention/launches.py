@@ -26,17 +26,18 @@ def launches(target: Target) -> Iterator[tuple[Any, Mapping[str, str], Mapping[s
             "HAS_QUERY_SCALE": has_query_scale,
         }
         scaling = "dynamic" if has_norm else "static"
-        for num_splits in (1, 2, 32):
+        for num_splits, num_parts in ((1, 1), (1, 2), (2, 4), (32, 1), (32, 8)):
             is_last = num_splits == 1
             yield (
                 single_tokens.single_tokens_kernel,
-                _single_types("*bf16" if num_splits == 1 else "*fp32", scaling, is_last),
+                _single_types("*fp32" if num_parts > 1 else "*bf16", scaling, is_last),
                 {
                     "HEAD_DIM": _HEAD_DIM,
                     "GROUP": group,
                     "BLOCK_M": single_tokens.BLOCK_M,
                     "BLOCK_N": single_tokens.block_n(target),
                     "NUM_SPLITS": num_splits,
+                    "PARTS": num_parts,
                     **layer,
                     "HAS_WINDOW": has_window,
                     "HAS_SINK": False,
@@ -107,17 +108,18 @@ def _out_types(scaling: str) -> dict[str, str]:
     }
 
 
-def _single_types(partial: str, scaling: str, is_last: bool) -> dict[str, str]:
-    types = {f"{name}_ptr": "*bf16" for name in ("qkv", "k_pool", "v_pool")}
+def _single_types(qkv: str, scaling: str, is_last: bool) -> dict[str, str]:
+    types = {"qkv_ptr": qkv, "k_pool_ptr": "*bf16", "v_pool_ptr": "*bf16"}
     types |= {f"{name}_ptr": "*fp32" for name in ("q_weight", "k_weight", "rotation")}
     types |= {"query_scale_ptr": "*fp32", "sink_ptr": "*fp32", "gate_ptr": "*bf16"}
     types |= {f"{name}_ptr": "*i64" for name in ("positions", "block_tables", "slots")}
     types |= _out_types(scaling)
     if not is_last:
-        types["out_ptr"] = partial
+        types["out_ptr"] = "*fp32"
     types["sums_ptr"] = "*fp32"
     types |= {"eps": "fp32", "scale": "fp32", "window": "i32:16", "block_size": "i32:16"}
     types |= {"num_kv_heads": "i32", "max_blocks": "i32"}
+    types |= {"num_parts": "i32", "stride_qkv_part": "i32:16"}
     return types | {"stride_qkv_token": "i32:16", "stride_tables_seq": "i32"}
 
 

@@ -19,7 +19,7 @@ def turn_heads(qkv: Tensor, heads: Heads, turn: Turn) -> tuple[Tensor, Tensor, T
 
     Where there is no norm, `qkv` is changed in place.
     """
-    num_heads = heads.num_heads(qkv)
+    num_heads = heads.num_heads(qkv.shape[1])
     by_head = qkv.view(qkv.shape[0], -1, heads.head_dim)
     sizes = [num_heads, heads.num_kv_heads, heads.num_kv_heads]
     q, k, v = torch.split_with_sizes(by_head, sizes, dim=1)

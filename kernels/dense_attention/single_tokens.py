@@ -15,17 +15,21 @@ from scission.kernels.dense_attention.head_tiles import (
     add_keys,
     load_turned,
     normalized,
-    rounded_as,
     store_heads,
 )
 from scission.kernels.dense_attention.heads import Heads, Turn
 from scission.kernels.dependent_launch import await_prior, dependent
-from scission.kernels.linear.rows import QuantizedRows, Scaling
+from scission.kernels.linear.rows import QuantizedRows, Scaling, SplitSums
+from scission.kernels.linear.sum_parts import load_parts
 from scission.kernels.places import Places
+from scission.kernels.quant import FP8_BLOCK
+from scission.kernels.rounding import rounded_as
 from scission.kernels.target import Target
 
 BLOCK_M = 16  # what a dot takes at least; a group's query heads and its key head
-_WANTED_PROGRAMS = 528  # four for each of 132 multiprocessors
+# more programs add more parts than they hide latency: 4 splits at batch 8 and 1 at 32 were the best on
+# an H200 (17.3 and 40.4 us at 1024 tokens; twice as many 18.9 and 49.5)
+_WANTED_PROGRAMS = 256
 MAX_SPLITS = 32
 NUM_WARPS = 4
 LOG2_E = 1.4426950408889634
@@ -34,7 +38,7 @@ KERNEL_DTYPE = torch.bfloat16
 DTYPES = {KERNEL_DTYPE: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def single_tokens_kernel(
     # tensors
     qkv_ptr,
@@ -59,6 +63,8 @@ def single_tokens_kernel(
     block_size,
     num_kv_heads,
     max_blocks,
+    num_parts,
+    stride_qkv_part,
     stride_qkv_token,
     stride_tables_seq,
     HEAD_DIM: tl.constexpr,
@@ -66,6 +72,7 @@ def single_tokens_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     PAIRS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_QUERY_SCALE: tl.constexpr,
@@ -78,11 +85,12 @@ def single_tokens_kernel(
 ):
     """One program, a part of one sequence's keys for the query heads of one key-value head.
 
-    With more than one split, out is [tokens, heads, splits, HEAD_DIM] float32, not normalised, and
-    sums is [tokens, heads, splits, 2]: the largest score and the sum of exponentials, 0 of parts
-    without a key, whose out stays unwritten. Else out and scales are those of `store_heads`.
+    num_parts, PARTS: of `load_parts`, of qkv. With more than one split, out is [tokens, heads,
+    splits, HEAD_DIM] float32, not normalised, and sums is [tokens, heads, splits, 2]: the largest
+    score and the sum of exponentials, 0 of parts without a key, whose out stays unwritten. Else out
+    and scales are those of `store_heads`.
     """
-    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    dtype: tl.constexpr = k_pool_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -117,14 +125,19 @@ def single_tokens_kernel(
         rotation_ptr + token * PAIRS * 2,
         query_scale_ptr + token,
         eps,
+        num_parts,
+        stride_qkv_part,
         HEAD_DIM,
         PAIRS,
         HAS_NORM,
         HAS_QUERY_SCALE,
+        PARTS,
+        dtype,
     )
     k_own = tl.sum(tl.where(is_key[:, None], turned, 0.0), axis=0)
     v_ptr = row_ptr + (num_heads + num_kv_heads + kv_head) * HEAD_DIM + offs_d
-    v_own = tl.load(v_ptr, mask=offs_d < tl.where(is_own, HEAD_DIM, 0), other=0.0)
+    mask_own = offs_d < tl.where(is_own, HEAD_DIM, 0)
+    v_own = load_parts(v_ptr, mask_own, num_parts, stride_qkv_part, PARTS, dtype)
     q = turned.to(dtype)
 
     largest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -162,7 +175,7 @@ def single_tokens_kernel(
     total = total * fade + weights
     # weights are rounded as those of whole tiles are
     weights = rounded_as(weights, dtype)
-    values = values * fade[:, None] + weights[:, None] * v_own.to(tl.float32)[None, :]
+    values = values * fade[:, None] + weights[:, None] * v_own[None, :]
     largest = new_largest
 
     if is_own:
@@ -173,7 +186,7 @@ def single_tokens_kernel(
             row = own_block * block_size + position % block_size
         own_offsets = row * stride_pool_row + kv_head * HEAD_DIM + offs_d
         tl.store(k_pool_ptr + own_offsets, k_own.to(dtype))
-        tl.store(v_pool_ptr + own_offsets, v_own)
+        tl.store(v_pool_ptr + own_offsets, v_own.to(dtype))
 
     rows = token * num_heads + heads
     if NUM_SPLITS > 1:
@@ -274,7 +287,7 @@ def num_stages(target: Target) -> int:
 
 
 def attend_single_tokens(
-    qkv: Tensor,
+    qkv: Tensor | SplitSums,
     heads: Heads,
     turn: Turn,
     k_pool: Tensor,
@@ -291,21 +304,24 @@ def attend_single_tokens(
         gate: contiguous.
         scaling: None where heads have not 128 channels.
     """
-    num_tokens, num_heads = qkv.shape[0], heads.num_heads(qkv)
+    rows = qkv.parts if isinstance(qkv, SplitSums) else qkv
+    num_parts = rows.shape[0] if rows.dim() == 3 else 1
+    num_tokens, num_heads = rows.shape[-2], heads.num_heads(rows.shape[-1])
     head_dim, num_kv_heads = heads.head_dim, heads.num_kv_heads
     num_splits = pick_splits(num_tokens, num_kv_heads)
-    out, scales = empty_heads(qkv, num_heads * head_dim, scaling, static_scale)
+    shape = (num_tokens, num_heads * head_dim)
+    out, scales = empty_heads(k_pool, shape, scaling, static_scale)
     parts, sums = out, out
     if num_splits > 1:
-        shape = (num_tokens, num_heads, num_splits)
-        parts = qkv.new_empty((*shape, head_dim), dtype=torch.float32)
-        sums = qkv.new_empty((*shape, 2), dtype=torch.float32)
+        by_split = (num_tokens, num_heads, num_splits)
+        parts = k_pool.new_empty((*by_split, head_dim), dtype=torch.float32)
+        sums = k_pool.new_empty((*by_split, 2), dtype=torch.float32)
     pairs = turn.rotation.shape[1] if heads.has_rope else 0
-    unused = qkv
+    unused = rows
     sink = heads.sink if heads.sink is not None else unused
     gates = gate if gate is not None else unused
     single_tokens_kernel[(num_tokens, num_kv_heads, num_splits)](
-        qkv,
+        rows,
         k_pool,
         v_pool,
         heads.q_weight if heads.q_weight is not None else unused,
@@ -326,13 +342,16 @@ def attend_single_tokens(
         places.block_size,
         num_kv_heads,
         places.block_tables.shape[1],
-        qkv.stride(0),
+        num_parts,
+        rows.stride(0),
+        rows.stride(-2),
         places.block_tables.stride(0),
         HEAD_DIM=head_dim,
         GROUP=num_heads // num_kv_heads,
         BLOCK_M=BLOCK_M,
         BLOCK_N=block_n(target),
         NUM_SPLITS=num_splits,
+        PARTS=triton.next_power_of_2(num_parts),
         PAIRS=pairs,
         HAS_NORM=heads.q_weight is not None,
         HAS_QUERY_SCALE=turn.query_scale is not None,
@@ -358,7 +377,7 @@ def attend_single_tokens(
             NUM_SPLITS=num_splits,
             HAS_SINK=heads.sink is not None,
             HAS_GATE=gate is not None,
-            DTYPE=DTYPES[qkv.dtype],
+            DTYPE=DTYPES[k_pool.dtype],
             SCALING=scaling or "none",
             IS_DEPENDENT=target.has_ptx,
             num_warps=add_warps(num_splits),
@@ -372,13 +391,18 @@ def add_warps(num_splits: int) -> int:
 
 
 def empty_heads(
-    x: Tensor, width: int, scaling: Scaling | None, static_scale: Tensor | None
+    like: Tensor, shape: tuple[int, int], scaling: Scaling | None, static_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Where finished heads go: rows, and scales of blocks of 128, the one scale, or nothing."""
+    """Where finished heads go: rows, and scales of blocks of 128, the one scale, or nothing.
+
+    Args:
+        like: of the activations' dtype, on their device.
+        shape: of the rows.
+    """
     if scaling is None:
-        out = x.new_empty(x.shape[0], width)
+        out = like.new_empty(shape)
         return out, out
-    codes = x.new_empty((x.shape[0], width), dtype=torch.float8_e4m3fn)
+    codes = like.new_empty(shape, dtype=torch.float8_e4m3fn)
     if static_scale is not None:
         return codes, static_scale
-    return codes, x.new_empty((x.shape[0], width // 128), dtype=torch.float32)
+    return codes, like.new_empty((shape[0], shape[1] // FP8_BLOCK), dtype=torch.float32)

@@ -4,19 +4,23 @@ import torch
 from torch import Tensor
 
 from scission.kernels.linear import reference
-from scission.kernels.linear.rows import QuantizedRows, Scaling
+from scission.kernels.linear.rows import QuantizedRows, Scaling, SplitSums
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.target import target_of
 
 __all__ = [
     "QuantizedRows",
     "Scaling",
+    "SplitSums",
     "can_run",
     "linear_bf16",
     "linear_block_fp8",
+    "linear_block_fp8_parts",
     "linear_grouped",
+    "linear_grouped_parts",
     "quantize_rows",
     "round_trip_rows",
+    "whole_sums",
 ]
 
 
@@ -25,14 +29,24 @@ def can_run(device: torch.device, dtype: torch.dtype, in_features: int) -> bool:
     return target_of(device) is not None and dtype == torch.bfloat16 and not in_features % FP8_BLOCK
 
 
-def quantize_rows(x: Tensor, scaling: Scaling, static_scale: Tensor | None = None) -> QuantizedRows:
+def quantize_rows(
+    x: Tensor | SplitSums, scaling: Scaling, static_scale: Tensor | None = None
+) -> QuantizedRows:
     """Rows to e4m3 codes and scales, as a linear layer that rounds its input takes them.
 
     Args:
-        x: [num_tokens, d] bfloat16 or float32; kept as the `values`.
+        x: [num_tokens, d] bfloat16 or float32; kept as the `values`. Parts of sums are added on the
+            way, and their values not kept.
         static_scale: [] float32, with "static" and only there.
     """
     _check_scaling(scaling, static_scale)
+    if isinstance(x, SplitSums):
+        # they come from a kernel: there is a target
+        from scission.kernels.linear.quantize_sums import quantize_sums
+
+        sums_target = target_of(x.parts.device)
+        assert sums_target is not None
+        return quantize_sums(x, scaling, static_scale, sums_target)
     if x.dim() != 2:
         raise ValueError(f"rows are [num_tokens, d], got {list(x.shape)}")
     target = target_of(x.device)
@@ -63,6 +77,13 @@ def linear_block_fp8(x: Tensor | QuantizedRows, codes: Tensor, scales: Tensor) -
     Returns:
         [n, out] of x's dtype (of quantised rows: of their values, else bfloat16), summed in fp32.
     """
+    return whole_sums(linear_block_fp8_parts(x, codes, scales))
+
+
+def linear_block_fp8_parts(
+    x: Tensor | QuantizedRows, codes: Tensor, scales: Tensor
+) -> Tensor | SplitSums:
+    """`linear_block_fp8`; where a kernel splits the inputs, the parts of the sums as they are."""
     rows = x if isinstance(x, QuantizedRows) else None
     values = rows.codes if rows is not None else x
     assert isinstance(values, Tensor)
@@ -81,8 +102,18 @@ def linear_block_fp8(x: Tensor | QuantizedRows, codes: Tensor, scales: Tensor) -
     if rows is not None and library.can_multiply(values.shape[0], codes.shape[0], target):
         return library.linear_block_fp8(values, rows.scales, codes, scales)
     if rows is not None:
-        return block_fp8.linear_block_fp8(rows.codes, rows.scales, codes, scales, target)
-    return block_fp8.linear_block_fp8(_with_unit_stride(values), None, codes, scales, target)
+        return block_fp8.linear_block_fp8_parts(rows.codes, rows.scales, codes, scales, target)
+    return block_fp8.linear_block_fp8_parts(_with_unit_stride(values), None, codes, scales, target)
+
+
+def whole_sums(sums: Tensor | SplitSums) -> Tensor:
+    """[num_tokens, d] bfloat16 of the parts of sums; what is whole stays as it is."""
+    if isinstance(sums, Tensor):
+        return sums
+    # only where a kernel was launched is Triton needed
+    from scission.kernels.linear.split_sums import add_parts
+
+    return add_parts(sums)
 
 
 def linear_grouped(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -96,6 +127,18 @@ def linear_grouped(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     Returns:
         [num_tokens, groups, out] of x's dtype, summed in fp32.
     """
+    sums = linear_grouped_parts(x, codes, scales)
+    if isinstance(sums, SplitSums):
+        from scission.kernels.linear.split_sums import add_parts
+
+        sums = add_parts(sums)
+    return sums.view(*x.shape[:2], codes.shape[0] // x.shape[1])
+
+
+def linear_grouped_parts(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor | SplitSums:
+    """`linear_grouped`, the groups side by side: [num_tokens, groups * out]; where a kernel splits
+    the inputs, the parts of the sums as they are.
+    """
     if x.dim() != 3 or x.shape[2] != codes.shape[1] or codes.shape[0] % x.shape[1]:
         raise ValueError(f"x {list(x.shape)} does not fit codes {list(codes.shape)}")
     _check_codes(codes, scales)
@@ -103,18 +146,18 @@ def linear_grouped(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     # a program's outputs lie in one group
     fits = not (codes.shape[0] // x.shape[1]) % FP8_BLOCK
     if target is None or not fits or not can_run(x.device, x.dtype, x.shape[2]):
-        return reference.linear_grouped(x, codes, scales)
+        return reference.linear_grouped(x, codes, scales).flatten(1)
     from scission.kernels.linear import block_fp8, decode_blocks
 
     scales = scales.contiguous()
     if x.shape[0] <= block_fp8.MAX_GROUPED_ROWS:
-        return block_fp8.linear_grouped(_with_unit_stride(x), codes, scales, target)
+        return block_fp8.linear_grouped_parts(_with_unit_stride(x), codes, scales, target)
     # what rounds no input takes no codes: bfloat16 at the library's rate
     num_groups, group_dim = x.shape[1:]
     w = decode_blocks.decode_blocks(codes, scales).view(num_groups, -1, group_dim)
     out = torch.empty(*x.shape[:2], w.shape[1], dtype=x.dtype, device=x.device)
     torch.bmm(x.transpose(0, 1), w.mT, out=out.transpose(0, 1))
-    return out
+    return out.flatten(1)
 
 
 def linear_bf16(x: Tensor, w: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scission.kernels.dependent_launch import await_prior, dependent, release_next
+from scission.kernels.linear.rows import SplitSums
 from scission.kernels.linear.split_sums import add_splits, pick_split
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.rounding import dot_as, store_rounded
@@ -205,6 +206,13 @@ def linear_block_fp8(
         codes: [out, in] float8_e4m3fn, contiguous; in is a multiple of 128.
         scales: [ceil(out / 128), in / 128] float32.
     """
+    return _whole(linear_block_fp8_parts(x, x_scales, codes, scales, target), target)
+
+
+def linear_block_fp8_parts(
+    x: Tensor, x_scales: Tensor | None, codes: Tensor, scales: Tensor, target: Target
+) -> Tensor | SplitSums:
+    """`linear_block_fp8`; where inputs are split, the parts of the sums as they are."""
     kind = dot_type(target, is_quantized=x_scales is not None)
     return _launch(x.unsqueeze(1), x_scales, codes, scales, kind, target)
 
@@ -216,8 +224,23 @@ def linear_grouped(x: Tensor, codes: Tensor, scales: Tensor, target: Target) -> 
         codes: [groups * out, in] float8_e4m3fn, contiguous; out and in are multiples of 128.
         scales: [groups * out / 128, in / 128] float32.
     """
-    out = _launch(x, None, codes, scales, grouped_dot_type(target), target)
-    return out.view(*x.shape[:2], -1)
+    out = _whole(linear_grouped_parts(x, codes, scales, target), target)
+    return out.view(*x.shape[:2], codes.shape[0] // x.shape[1])
+
+
+def linear_grouped_parts(
+    x: Tensor, codes: Tensor, scales: Tensor, target: Target
+) -> Tensor | SplitSums:
+    """`linear_grouped` as [n, groups * out]; where inputs are split, the parts of the sums."""
+    return _launch(x, None, codes, scales, grouped_dot_type(target), target)
+
+
+def _whole(sums: Tensor | SplitSums, target: Target) -> Tensor:
+    if isinstance(sums, Tensor):
+        return sums
+    shape = (sums.num_tokens, sums.width)
+    out = torch.empty(shape, dtype=torch.bfloat16, device=sums.parts.device)
+    return add_splits(sums.parts, out, target)
 
 
 def _launch(
@@ -227,7 +250,7 @@ def _launch(
     scales: Tensor,
     dot_type: tl.dtype,
     target: Target,
-) -> Tensor:
+) -> Tensor | SplitSums:
     num_rows, num_groups, in_features = x.shape
     out_features = codes.shape[0]
     out = torch.empty(num_rows, out_features, dtype=torch.bfloat16, device=x.device)
@@ -245,6 +268,7 @@ def _launch(
     num_stages = pick_stages(tile, num_tiles * split, target)
     if x_scales is None:
         num_stages = values_stages(target)
+    # float32
     partials = out if split == 1 else torch.empty(split, *out.shape, device=x.device)
     block_fp8_kernel[(*grid, split)](
         x,
@@ -269,7 +293,7 @@ def _launch(
         num_warps=tile.num_warps,
         **dependent(target),
     )
-    return out if split == 1 else add_splits(partials, out, target)
+    return out if split == 1 else SplitSums(partials)
 
 
 def input_kind(x_scales: Tensor | None) -> str:

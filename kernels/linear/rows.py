@@ -44,3 +44,20 @@ class QuantizedRows:
             return (values * self.scales).to(dtype)
         scales = self.scales.repeat_interleave(FP8_BLOCK, dim=1)[:, : self.width]
         return (values * scales).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSums:
+    """[num_tokens, d] of a product whose inputs were split: who reads it adds the parts up, in fp32
+    and always in the same order, and rounds to bfloat16. That saves a pass over them.
+    """
+
+    parts: Tensor  # [split, num_tokens, d] float32
+
+    @property
+    def num_tokens(self) -> int:
+        return self.parts.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.parts.shape[2]

@@ -1,12 +1,14 @@
 """Inputs split over programs: into how many parts, and the sum of what they wrote."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from scission.kernels.dependent_launch import await_prior, dependent, release_next
+from scission.kernels.linear.rows import SplitSums
 from scission.kernels.rounding import store_rounded
-from scission.kernels.target import Target
+from scission.kernels.target import Target, target_of
 
 BLOCK = 512
 MAX_SPLIT = 8
@@ -42,13 +44,15 @@ def add_splits_kernel(
     """out[i] = sum of partials[:, i], always in the same order."""
     release_next(IS_DEPENDENT)
     await_prior(IS_DEPENDENT)
-    parts = tl.arange(0, MAX_SPLIT)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < num_values
-    # all parts are on their way at once
-    ptrs = partials_ptr + parts[:, None] * num_values.to(tl.int64) + offs[None, :]
-    partials = tl.load(ptrs, mask=(parts < split)[:, None] & mask[None, :], other=0.0)
-    store_rounded(out_ptr + offs, tl.sum(partials, axis=0), mask)
+    total = tl.zeros([BLOCK], tl.float32)
+    # unrolled: all parts are on their way at once
+    for part in tl.static_range(MAX_SPLIT):
+        num_here = tl.where(part < split, num_values, 0)
+        ptrs = partials_ptr + part * num_values.to(tl.int64) + offs
+        total += tl.load(ptrs, mask=offs < num_here, other=0.0)
+    store_rounded(out_ptr + offs, total, mask)
 
 
 def add_splits(partials: Tensor, out: Tensor, target: Target) -> Tensor:
@@ -64,3 +68,11 @@ def add_splits(partials: Tensor, out: Tensor, target: Target) -> Tensor:
         **dependent(target),
     )
     return out
+
+
+def add_parts(sums: SplitSums) -> Tensor:
+    """[n, m] bfloat16."""
+    target = target_of(sums.parts.device)
+    assert target is not None
+    out = sums.parts.new_empty((sums.num_tokens, sums.width), dtype=torch.bfloat16)
+    return add_splits(sums.parts, out, target)

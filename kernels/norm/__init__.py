@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from scission.kernels.linear import QuantizedRows, Scaling, quantize_rows
+from scission.kernels.linear import (
+    QuantizedRows,
+    Scaling,
+    SplitSums,
+    quantize_rows,
+    whole_sums,
+)
 from scission.kernels.norm import reference
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.target import target_of
@@ -27,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def add_norm(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor | SplitSums | None,
     weight: Tensor,
     eps: float,
     quantizes: Scaling | None = None,
@@ -38,7 +44,8 @@ def add_norm(
     """The residual sum, and its RMSNorm as the next layer takes it.
 
     Args:
-        x: [num_tokens, d] float32 or bfloat16; y: likewise, or None: nothing is added.
+        x: [num_tokens, d] float32 or bfloat16.
+        y: like x, or the parts of its sums; None: nothing is added.
         weight: [d] float32.
         quantizes: how the normalised rows are scaled; None: they stay as they are.
         static_scale: [] float32, with "static" and only there.
@@ -48,18 +55,18 @@ def add_norm(
         x + y [num_tokens, d] (x itself where there is no y), and the normalised rows of x's dtype.
     """
     _check_weight(x, weight)
-    if x.dim() != 2 or (y is not None and (y.shape != x.shape or y.dtype != x.dtype)):
+    if x.dim() != 2 or not _fits(x, y):
         raise ValueError(f"x must be [num_tokens, d] and y like it, got {list(x.shape)}")
     target = target_of(x.device)
     if target is not None and x.dtype == torch.bfloat16 and x.shape[1] % FP8_BLOCK == 0:
         # only where a kernel is launched is Triton needed
         from scission.kernels.norm import add_rows
 
-        y = y.contiguous() if y is not None else None
+        y = y.contiguous() if isinstance(y, Tensor) else y
         return add_rows.add_norm(
             x.contiguous(), y, weight, eps, quantizes, static_scale, keeps_values, target
         )
-    total = x if y is None else x + y
+    total = x if y is None else x + whole_sums(y)
     normed = reference.rms_norm(total, weight, eps)
     if quantizes is None:
         return total, normed
@@ -67,6 +74,12 @@ def add_norm(
     return total, rows if keeps_values else QuantizedRows(
         values=None, codes=rows.codes, scales=rows.scales
     )
+
+
+def _fits(x: Tensor, y: Tensor | SplitSums | None) -> bool:
+    if isinstance(y, SplitSums):
+        return y.parts.shape[1:] == x.shape
+    return y is None or (y.shape == x.shape and y.dtype == x.dtype)
 
 
 def _check_weight(x: Tensor, weight: Tensor | None) -> None:

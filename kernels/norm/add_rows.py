@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from scission.kernels.dependent_launch import await_prior, dependent
-from scission.kernels.linear.rows import QuantizedRows, Scaling
+from scission.kernels.linear.rows import QuantizedRows, Scaling, SplitSums
+from scission.kernels.linear.sum_parts import load_parts
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.rounding import quantize_blocks_as, round_to_bf16
 from scission.kernels.target import Target
@@ -15,7 +16,7 @@ from scission.kernels.target import Target
 _MANY_ROWS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def add_norm_kernel(
     # tensors
     x_ptr,
@@ -29,13 +30,18 @@ def add_norm_kernel(
     # sizes, meta-parameters
     eps,
     num_blocks,
+    num_parts,
+    stride_y_part,
     BLOCKS: tl.constexpr,
-    HAS_Y: tl.constexpr,
+    PARTS: tl.constexpr,
     KEEPS_VALUES: tl.constexpr,
     SCALING: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
-    """One program, one row of num_blocks * 128 values; sums and normalised rows are bfloat16."""
+    """One program, one row of num_blocks * 128 values; sums and normalised rows are bfloat16.
+
+    PARTS: 0: there is no y; 1: y is bfloat16; else a bound of num_parts: y is their sum, float32.
+    """
     row = tl.program_id(0).to(tl.int64)
     offs_b = tl.arange(0, BLOCKS)
     mask_b = offs_b < num_blocks
@@ -46,8 +52,9 @@ def add_norm_kernel(
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
     await_prior(IS_DEPENDENT)
     x = tl.load(x_ptr + row * width + offs, mask=mask, other=0.0).to(tl.float32)
-    if HAS_Y:
-        y = tl.load(y_ptr + row * width + offs, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        ys = y_ptr + row * width + offs
+        y = load_parts(ys, mask, num_parts, stride_y_part, PARTS, tl.bfloat16)
         x = round_to_bf16(x + y)
         tl.store(total_ptr + row * width + offs, x.to(tl.bfloat16), mask=mask)
     squares = tl.sum(tl.sum(x * x, axis=1), axis=0)
@@ -68,7 +75,7 @@ def num_warps(num_rows: int) -> int:
 
 def add_norm(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor | SplitSums | None,
     weight: Tensor,
     eps: float,
     scaling: Scaling | None,
@@ -80,6 +87,8 @@ def add_norm(
     num_rows, width = x.shape
     num_blocks = width // FP8_BLOCK
     keeps_values = keeps_values or scaling is None
+    y_rows = y.parts if isinstance(y, SplitSums) else y
+    num_parts = y.parts.shape[0] if isinstance(y, SplitSums) else 1
     total = torch.empty_like(x) if y is not None else x
     normed = torch.empty_like(x) if keeps_values else x
     codes, scales = x, x
@@ -92,7 +101,7 @@ def add_norm(
     if num_rows:
         add_norm_kernel[(num_rows,)](
             x,
-            y if y is not None else x,
+            y_rows if y_rows is not None else x,
             weight,
             scales,
             total,
@@ -101,8 +110,10 @@ def add_norm(
             scales,
             eps,
             num_blocks,
+            num_parts,
+            x.numel(),
             BLOCKS=triton.next_power_of_2(num_blocks),
-            HAS_Y=y is not None,
+            PARTS=0 if y is None else triton.next_power_of_2(num_parts),
             KEEPS_VALUES=keeps_values,
             SCALING=scaling or "none",
             IS_DEPENDENT=target.has_ptx,

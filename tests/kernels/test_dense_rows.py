@@ -6,7 +6,7 @@ from torch import Tensor
 
 from scission.kernels.activation import reference as gates
 from scission.kernels.activation import silu_rows
-from scission.kernels.linear import QuantizedRows, quantize_rows
+from scission.kernels.linear import QuantizedRows, SplitSums, quantize_rows
 from scission.kernels.linear.rows import Scaling
 from scission.kernels.norm import add_rows
 from scission.kernels.norm import reference as norms
@@ -65,6 +65,19 @@ def test_sums_and_norms_are_the_references(
     if isinstance(rows, QuantizedRows):
         assert rows.values is not None
         assert relative_error(rows.values, normed) <= TOLERANCE
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("num_parts", [2, 3, 8])
+def test_sums_in_parts_are_added_first(num_parts: int, kernel_device: torch.device) -> None:
+    x = _rows(3, 256, kernel_device)
+    parts = torch.randn(num_parts, 3, 256).to(kernel_device)
+    weight = (torch.rand(256) + 0.5).to(kernel_device)
+    target = target_of(kernel_device) or TARGETS[1]
+    total, rows = add_rows.add_norm(x, SplitSums(parts), weight, 1e-6, None, None, False, target)
+    expected = x + parts.sum(0).to(torch.bfloat16)
+    assert relative_error(total, expected) <= TOLERANCE
+    _check(rows, norms.rms_norm(expected, weight, 1e-6), None, None)
 
 
 @pytest.mark.usefixtures("poisoned")
