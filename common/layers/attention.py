@@ -11,7 +11,13 @@ from scission.common.checkpoint.weights import Weights
 from scission.common.layers.linear import ColumnParallelLinear, RowParallelLinear
 from scission.common.layers.numerics import Numerics
 from scission.common.parallel.ranks import Axis
-from scission.kernels.linear import QuantizedRows, linear_bf16, linear_grouped
+from scission.kernels.linear import (
+    QuantizedRows,
+    linear_bf16,
+    linear_grouped,
+    linear_grouped_parts,
+    quantize_rows,
+)
 
 Rows = Tensor | QuantizedRows
 
@@ -49,16 +55,19 @@ class GroupedOutput:
 
     def __call__(self, heads: Tensor) -> Tensor:
         """[num_tokens, num_heads, head_dim] -> [num_tokens, dim]."""
-        grouped = heads.reshape(heads.shape[0], -1, self._group_dim)
-        return self._wo_b(self._by_group(grouped).flatten(1))
+        return self._wo_b(self._by_group(heads.reshape(heads.shape[0], -1, self._group_dim)))
 
-    def _by_group(self, x: Tensor) -> Tensor:
-        """[num_tokens, groups, group_dim] -> [num_tokens, groups, rank]."""
-        if self._wo_a.fp8 is not None:
-            return linear_grouped(x, *self._wo_a.fp8)
-        # [groups, group_dim, rank]
-        wo_a = self._wo_a.weight.view(-1, self._rank, self._group_dim).mT
-        return torch.bmm(x.transpose(0, 1), wo_a).transpose(0, 1)
+    def _by_group(self, x: Tensor) -> Rows:
+        """[num_tokens, groups, group_dim] -> [num_tokens, groups * rank]."""
+        scaling, static_scale = self._wo_b.scaling, self._wo_b.static_scale
+        if self._wo_a.fp8 is None:
+            # [groups, group_dim, rank]
+            wo_a = self._wo_a.weight.view(-1, self._rank, self._group_dim).mT
+            return torch.bmm(x.transpose(0, 1), wo_a).transpose(0, 1).flatten(1)
+        if scaling is None:
+            return linear_grouped(x, *self._wo_a.fp8).flatten(1)
+        # the parts of split sums are added up while they are quantised
+        return quantize_rows(linear_grouped_parts(x, *self._wo_a.fp8), scaling, static_scale)
 
 
 class Float32Linear:

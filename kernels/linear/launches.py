@@ -9,6 +9,7 @@ from scission.kernels.linear import (
     block_fp8,
     decode_blocks,
     quantize_input,
+    quantize_sums,
     split_sums,
     stream_bf16,
 )
@@ -35,6 +36,19 @@ def launches(target: Target) -> Iterator[tuple[Any, Mapping[str, str], Mapping[s
                 "IS_DEPENDENT": target.has_ptx,
             },
             quantize_input.NUM_WARPS,
+        )
+        yield (
+            quantize_sums.quantize_sums_kernel,
+            {f"{name}_ptr": "*fp32" for name in ("parts", "static_scale")}
+            | {"codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
+            | {"num_rows": "i32", "num_blocks": "i32:16", "split": "i32"},
+            {
+                "MAX_SPLIT": split_sums.MAX_SPLIT,
+                "BLOCKS": quantize_sums.BLOCKS,
+                "SCALING": scaling,
+                "IS_DEPENDENT": target.has_ptx,
+            },
+            quantize_sums.NUM_WARPS,
         )
     yield (
         decode_blocks.decode_blocks_kernel,

@@ -7,13 +7,16 @@ from torch import Tensor
 from scission.kernels.linear import (
     QuantizedRows,
     Scaling,
+    SplitSums,
     block_fp8,
     decode_blocks,
     linear_bf16,
     linear_block_fp8,
     linear_grouped,
+    linear_grouped_parts,
     quantize_input,
     quantize_rows,
+    quantize_sums,
     reference,
     round_trip_rows,
     split_sums,
@@ -119,6 +122,24 @@ def test_codes_and_scales_of_inputs_equal_the_references(
     expected_codes, expected_scales = reference.quantize_input(x, scaling, static_scale)
     assert torch.equal(scales, expected_scales)
     assert torch.equal(codes.float(), expected_codes.float())
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("scaling", ["ue8m0", "dynamic", "static"])
+@pytest.mark.parametrize("split", [2, 5])
+def test_parts_of_sums_are_quantised_as_their_sums(
+    scaling: Scaling, split: int, kernel_device: torch.device, kernel_target: Target
+) -> None:
+    parts = torch.randn(split, 3, 640, device=kernel_device)
+    # whatever order they are added in
+    parts = (parts * 256).round() / 256
+    static_scale = _static_scale(scaling, kernel_device)
+    rows = quantize_sums.quantize_sums(SplitSums(parts), scaling, static_scale, kernel_target)
+    sums = parts.sum(0).to(torch.bfloat16)
+    codes, scales = reference.quantize_input(sums, scaling, static_scale)
+    assert rows.values is None
+    assert torch.equal(rows.scales, scales)
+    assert torch.equal(rows.codes.float(), codes.float())
 
 
 @pytest.mark.parametrize("scaling", ["ue8m0", "dynamic", "static"])
@@ -271,6 +292,10 @@ def test_groups_equal_their_reference_at_real_shapes(rows: int) -> None:
     first = linear_grouped(x, codes, scales)
     assert relative_error(first, reference.linear_grouped(x, codes, scales)) <= TOLERANCE
     assert torch.equal(linear_grouped(x, codes, scales), first)
+    whole = quantize_rows(first.flatten(1), "ue8m0")
+    parts = quantize_rows(linear_grouped_parts(x, codes, scales), "ue8m0")
+    assert torch.equal(parts.codes.float(), whole.codes.float())
+    assert torch.equal(parts.scales, whole.scales)
 
 
 @pytest.mark.gpu
