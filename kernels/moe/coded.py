@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scission.kernels.gated_experts.reference import route_sigmoid
 from scission.kernels.linear import QuantizedRows
-from scission.kernels.moe import choose_experts, grouped_experts, reference
+from scission.kernels.moe import choose_experts, grouped_experts, many_fp4, reference
 from scission.kernels.moe.choose_experts import Routing
 from scission.kernels.moe.fp4_layout import Fp4Experts
 from scission.kernels.moe.group_rows import group_rows
@@ -112,13 +112,16 @@ class CodedExperts:
                 torch.empty(0, routing.top_k, dtype=torch.int32, device=device),
             )
         experts, weights = self._choose(x.values, token_ids)
-        tile = grouped_experts.pick_tile(experts.numel(), routing.num_local, target)
-        groups = group_rows(
-            experts - routing.first_expert, weights, routing.num_local, tile.block_m
-        )
-        return grouped_experts.run_many(
-            x, groups, self._w13, self._w2, self._activation, tile, target
-        )
+        w13, w2, num_local = self._w13, self._w2, routing.num_local
+        local = experts - routing.first_expert
+        if isinstance(w13, Fp4Experts) and isinstance(w2, Fp4Experts):
+            fp4_tile = many_fp4.pick_tile(w13.out_features, w2.out_features, target)
+            groups = group_rows(local, weights, num_local, fp4_tile.block_m)
+            return many_fp4.run_many(x, groups, w13, w2, self._activation, fp4_tile, target)
+        assert isinstance(w13, Fp8Experts) and isinstance(w2, Fp8Experts)
+        tile = grouped_experts.pick_tile(experts.numel(), num_local, target)
+        groups = group_rows(local, weights, num_local, tile.block_m)
+        return grouped_experts.run_many(x, groups, w13, w2, self._activation, tile, target)
 
     def _choose(self, x: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         r = self._routing

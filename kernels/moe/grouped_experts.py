@@ -102,7 +102,7 @@ def pick_split(num_programs: int, num_blocks: int) -> int:
 
 
 @triton.jit
-def _decode_fp4(codes, words, BLOCK_N: tl.constexpr, HAS_PTX: tl.constexpr):
+def decode_fp4(codes, words, BLOCK_N: tl.constexpr, HAS_PTX: tl.constexpr):
     """A tile's codes and scale words -> e4m3 codes of the first and the second halves of its words.
 
     codes: [BLOCK_N, 64] bytes with HAS_PTX, else [BLOCK_N, 16] int32. Returns [BLOCK_N, 64] each,
@@ -167,7 +167,7 @@ def _in_order(codes, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _row_scales(words, BLOCK_N: tl.constexpr):
+def row_scales(words, BLOCK_N: tl.constexpr):
     """[BLOCK_N] scale words in the tile's order -> the outputs' scales, in theirs."""
     bits = tl.reshape((words & 0xFF) << 23, [BLOCK_N // 64, 2, 4, 8])
     bits = tl.reshape(tl.permute(bits, (0, 2, 1, 3)), [BLOCK_N])
@@ -205,10 +205,10 @@ def _dot_fp4(
         x_scales = tl.load(x_scales_ptrs + block) * 0.015625
         codes = tl.load(codes_ptrs + block * STEP)
         x = x_ptrs + block * 128
-        low, high = _decode_fp4(codes, words, BLOCK_N, HAS_PTX)
+        low, high = decode_fp4(codes, words, BLOCK_N, HAS_PTX)
         part = dot_as(low, tl.load(x), DOT_TYPE)
         part = tl.dot(high.to(DOT_TYPE), tl.load(x + 4).to(DOT_TYPE), part, input_precision="ieee")
-        acc += part * _row_scales(words, BLOCK_N)[:, None] * x_scales[None, :]
+        acc += part * row_scales(words, BLOCK_N)[:, None] * x_scales[None, :]
     return acc
 
 
@@ -428,9 +428,13 @@ def activate_rows_kernel(
     limit,
     CLAMPS_FIRST: tl.constexpr,
     SCALING: tl.constexpr,
+    IS_ORDERED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """One program, blocks of 128 channels of one row of [num_rows, 2 * num_blocks * 128]."""
+    """One program, blocks of 128 channels of one row of [num_rows, 2 * num_blocks * 128].
+
+    IS_ORDERED: their codes are put out as FP4's tiles order inputs (`many_fp4`).
+    """
     row = tl.program_id(0).to(tl.int64)
     offs_b = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     mask_b = offs_b < num_blocks
@@ -441,6 +445,11 @@ def activate_rows_kernel(
     b = tl.load(ptrs + width, mask=mask_b[:, None], other=0.0).to(tl.float32)
     weights = tl.full([BLOCKS], 1.0, tl.float32) * tl.load(row_weights_ptr + row)
     codes, scales = activate(a, b, weights, limit, CLAMPS_FIRST, SCALING)
+    if IS_ORDERED:
+        # group, word, half, code -> half, word, group, code
+        codes = tl.reshape(codes.to(tl.uint8, bitcast=True), [BLOCKS, 4, 4, 2, 4])
+        codes = tl.reshape(tl.permute(codes, (0, 3, 2, 1, 4)), [BLOCKS, 128])
+        codes = codes.to(tl.float8e4nv, bitcast=True)
     tl.store(inner_ptr + row * width + offs, codes, mask=mask_b[:, None])
     tl.store(inner_scales_ptr + row * num_blocks + offs_b, scales, mask=mask_b)
 
@@ -492,19 +501,33 @@ def run_few(
 def run_many(
     x: QuantizedRows,
     groups: RowGroups,
-    w13: Fp4Experts | Fp8Experts,
-    w2: Fp4Experts | Fp8Experts,
+    w13: Fp8Experts,
+    w2: Fp8Experts,
     activation: Activation,
     tile: Tile,
     target: Target,
 ) -> ExpertOutputs:
     """Three launches, for many rows: whole sums in bfloat16, activated by a launch of their own."""
-    num_blocks, num_pairs = w2.in_features // TILE, groups.num_pairs
     gate_up = _multiply(
         x.codes, x.scales, groups, w13, None, x.num_tokens, tile, target, by_token=True
     )
-    codes = torch.empty(num_pairs, w2.in_features, dtype=torch.float8_e4m3fn, device=gate_up.device)
-    scales = torch.empty(num_pairs, num_blocks, dtype=torch.float32, device=gate_up.device)
+    inner = activate_rows(gate_up, groups, activation)
+    out = _multiply(inner.codes, inner.scales, groups, w2, None, x.num_tokens, tile, target)
+    return ExpertOutputs(out, groups.row_of)
+
+
+def activate_rows(
+    gate_up: Tensor, groups: RowGroups, activation: Activation, *, is_ordered: bool = False
+) -> QuantizedRows:
+    """[.., num_pairs, 2 * inner] bfloat16 -> w2's input.
+
+    Args:
+        is_ordered: as FP4's tiles order inputs (`many_fp4`).
+    """
+    num_pairs, inner = groups.num_pairs, gate_up.shape[-1] // 2
+    num_blocks, device = inner // TILE, gate_up.device
+    codes = torch.empty(num_pairs, inner, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(num_pairs, num_blocks, dtype=torch.float32, device=device)
     activate_rows_kernel[(num_pairs, triton.cdiv(num_blocks, ACTIVATE_BLOCKS))](
         gate_up,
         groups.row_weights,
@@ -514,10 +537,10 @@ def run_many(
         _bound(activation.limit),
         CLAMPS_FIRST=activation.clamps_first,
         SCALING=activation.scaling,
+        IS_ORDERED=is_ordered,
         BLOCKS=ACTIVATE_BLOCKS,
     )
-    out = _multiply(codes, scales, groups, w2, None, x.num_tokens, tile, target)
-    return ExpertOutputs(out, groups.row_of)
+    return QuantizedRows(None, codes, scales)
 
 
 def _bound(limit: float | None) -> float:

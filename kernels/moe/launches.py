@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from scission.kernels.linear.block_fp8 import dot_type
-from scission.kernels.moe import choose_experts, group_rows, grouped_experts, sum_rows
+from scission.kernels.moe import choose_experts, group_rows, grouped_experts, many_fp4, sum_rows
 from scission.kernels.target import Target
 
 _Launch = tuple[Any, Mapping[str, str], Mapping[str, Any], int]
@@ -29,6 +29,8 @@ def launches(target: Target) -> Iterator[_Launch]:
             {
                 "CLAMPS_FIRST": clamps_first,
                 "SCALING": scaling,
+                # FP4 experts are DeepSeek-V4's
+                "IS_ORDERED": scaling == "ue8m0",
                 "BLOCKS": grouped_experts.ACTIVATE_BLOCKS,
             },
             4,
@@ -115,7 +117,9 @@ def _choices(target: Target) -> Iterator[_Launch]:
 
 
 def _groups(target: Target) -> Iterator[_Launch]:
-    for tile in grouped_experts.tiles(target):
+    sizes = {tile.block_m for tile in grouped_experts.tiles(target)}
+    sizes |= {tile.block_m for tile in many_fp4.tiles(target)}
+    for block_m in sorted(sizes):
         for num_experts in (64, 256):
             yield (
                 group_rows.group_rows_kernel,
@@ -133,7 +137,7 @@ def _groups(target: Target) -> Iterator[_Launch]:
                     "num_steps": "i32",
                     "top_k": "i32",
                 },
-                {"BLOCK_M": tile.block_m, "BLOCK_E": group_rows.expert_lanes(num_experts)},
+                {"BLOCK_M": block_m, "BLOCK_E": group_rows.expert_lanes(num_experts)},
                 group_rows.NUM_WARPS,
             )
 
@@ -146,9 +150,32 @@ def _products(target: Target) -> Iterator[_Launch]:
             yield _product(target, few, codes, has_shared, activation, "*fp32", by_token=True)
             for out_type in ("*fp32",) if has_shared else ("*fp32", "*bf16"):
                 yield _product(target, few, codes, has_shared, None, out_type, by_token=False)
-        for tile in many:
+        for tile in many if codes == "fp8" else ():
             for by_token in (True, False):
                 yield _product(target, tile, codes, False, None, "*bf16", by_token=by_token)
+    for fp4_tile in many_fp4.tiles(target):
+        for by_token in (True, False):
+            yield _many_fp4(target, fp4_tile, by_token=by_token)
+
+
+def _many_fp4(target: Target, tile: many_fp4.Tile, *, by_token: bool) -> _Launch:
+    ints = {f"{name}_ptr": "*i32" for name in ("scales", "block_experts", "block_rows")}
+    return (
+        many_fp4.many_fp4_kernel,
+        {"x_ptr": "*fp8e4nv", "x_scales_ptr": "*fp32", "codes_ptr": "*u8"}
+        | ints
+        | {"row_tokens_ptr": "*i32", "out_ptr": "*bf16"}
+        | {"out_features": "i32:16", "num_blocks": "i32:16"},
+        {
+            "BY_TOKEN": by_token,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_M": tile.block_m,
+            "DOT_TYPE": dot_type(target, is_quantized=True),
+            "HAS_PTX": target.has_ptx,
+            "NUM_STAGES": tile.num_stages,
+        },
+        tile.num_warps,
+    )
 
 
 def _product(
