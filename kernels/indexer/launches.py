@@ -49,25 +49,33 @@ def _selections(
     target: Target, paging: Mapping[str, int]
 ) -> Iterator[tuple[Any, Mapping[str, str], Mapping[str, Any], int]]:
     lengths = "*i64" if paging["RATIO"] else "*i32"
-    narrowed, _ = select.pick_tile(1 << 20, target)
-    constants = {"SIZE": narrowed.size, "SAMPLE": select.SAMPLE, "BLOCK": select.NARROW_BLOCK}
-    yield (
-        select.narrow_kernel,
-        {"scores_ptr": "*fp32", "lengths_ptr": lengths, "counts_ptr": "*i32"}
-        | {"candidates_ptr": "*i32", "k": "i32:16"}
-        | {"capacity": "i32:16", "stride_scores_row": "i32:16"},
-        constants | {"RATIO": paging["RATIO"]},
-        select.NARROW_WARPS,
-    )
-    whole = [(tile, 0) for tile in select.tiles(target)]
-    for tile, log_parts in (*whole, (narrowed, select.LOG_PARTS)):
-        parts = "*i32" if log_parts else lengths
-        yield (
-            select.select_kernel,
-            {"scores_ptr": "*fp32", "lengths_ptr": lengths, "counts_ptr": parts}
-            | {"candidates_ptr": parts, "sequences_ptr": lengths, "tables_ptr": lengths}
-            | {"out_ptr": "*i32", "k": "i32:16", "num_parts": "i32", "capacity": "i32:16"}
-            | {"stride_scores_row": "i32:16", "stride_tables_sequence": "i32"},
-            {"SIZE": tile.size, "SHORT": tile.short, "LOG_PARTS": log_parts, **paging},
-            tile.num_warps,
-        )
+    narrowed = {
+        select.pick_tile(max_length, k, target)[0]
+        for max_length in (1 << 15, 1 << 16, 1 << 18, 1 << 20)
+        for k in (512, 1024, 2048)
+    }
+    types = {"scores_ptr": "*fp32", "lengths_ptr": lengths}
+    for tile in select.tiles(target):
+        if tile in narrowed:
+            yield (
+                select.narrow_kernel,
+                types
+                | {f"{name}_ptr": "*i32" for name in ("words", "counts", "candidates")}
+                | {"k": "i32:16", "max_words": "i32", "capacity": "i32:16"}
+                | {"stride_scores_row": "i32:16"},
+                {"SIZE": tile.size, "SAMPLE": select.SAMPLE, "BLOCK": select.NARROW_BLOCK}
+                | {"RATIO": paging["RATIO"]},
+                select.NARROW_WARPS,
+            )
+        for log_parts in {0, select.LOG_PARTS if tile in narrowed else 0}:
+            parts = "*i32" if log_parts else lengths
+            yield (
+                select.select_kernel,
+                types
+                | {"counts_ptr": parts, "candidates_ptr": parts}
+                | {"sequences_ptr": lengths, "tables_ptr": lengths, "out_ptr": "*i32"}
+                | {"k": "i32:16", "num_parts": "i32", "capacity": "i32:16"}
+                | {"stride_scores_row": "i32:16", "stride_tables_sequence": "i32"},
+                {"SIZE": tile.size, "SHORT": tile.short, "LOG_PARTS": log_parts, **paging},
+                tile.num_warps,
+            )

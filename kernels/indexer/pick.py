@@ -36,7 +36,7 @@ def pick_scored(
     max_entries = places.max_context // ratio
     width = -(-max(max_entries, 1) // _ALIGN) * _ALIGN
     tile = num_tokens
-    while tile > 1 and _scratch_bytes(tile, width, target) > _SCRATCH_BYTES:
+    while tile > 1 and _scratch_bytes(tile, width, top_k, target) > _SCRATCH_BYTES:
         tile = -(-tile // 2)
     scores = torch.empty(min(tile, num_tokens), width, dtype=torch.float32, device=q.device)
     for first in range(0, num_tokens, max(tile, 1)):
@@ -55,5 +55,6 @@ def pick_scored(
     return picks
 
 
-def _scratch_bytes(num_rows: int, width: int, target: Target) -> int:
-    return 4 * num_rows * (width + plan_selection(num_rows, width, target).scratch_columns)
+def _scratch_bytes(num_rows: int, width: int, top_k: int, target: Target) -> int:
+    selection = plan_selection(num_rows, width, top_k, target)
+    return 4 * num_rows * (width + selection.scratch_columns)

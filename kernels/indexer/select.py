@@ -18,16 +18,17 @@ from torch import Tensor
 
 from scission.kernels.target import Target
 
-# programs that fill a device
+# programs that fill a device: four a multiprocessor
 _NUM_PROGRAMS = 528
-# of a row, narrowed
 LOG_PARTS = 6
-SAMPLE = 2048
+SAMPLE = 4096
 NARROW_BLOCK = 4096
 NARROW_WARPS = 8
+# by which k and a tile's size are to be missed: once in two million rows on either side
+_DEVIATIONS = 5.0
 # thirds of the range between two floats, before that between their bits is halved
 _FLOAT_STEPS: tl.constexpr = tl.constexpr(12)
-_SCAN_BLOCK: tl.constexpr = tl.constexpr(2048)
+_LISTED_WORDS: tl.constexpr = tl.constexpr(1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +43,24 @@ class Tile:
 def tiles(target: Target) -> tuple[Tile, ...]:
     """Every tile that rows are selected with; rows that the last one cannot hold are narrowed."""
     most_warps = 1024 // target.warp_size
-    sizes = ((1024, 4), (2048, 8), (4096, 16), (8192, 32), (16384, 32))
-    return tuple(Tile(size, min(size, 2048), min(warps, most_warps)) for size, warps in sizes)
+    sizes = ((1024, 1024, 4), (2048, 1024, 4), (4096, 2048, 8), (8192, 2048, 16), (16384, 2048, 16))
+    return tuple(Tile(size, short, min(warps, most_warps)) for size, short, warps in sizes)
 
 
-def pick_tile(max_length: int, target: Target) -> tuple[Tile, bool]:
-    """And whether rows longer than the tile are narrowed first."""
+def pick_tile(max_length: int, k: int, target: Target) -> tuple[Tile, bool]:
+    """The smallest that holds a row, or else its candidates, which then is narrowed.
+
+    The square root of a count of samples deviates by a half, whatever the count: a threshold
+    midway between the roots of k and the size misses neither where they are far enough apart.
+    """
     choices = tiles(target)
-    for tile in choices:
-        if max_length <= tile.size:
-            return tile, False
+    if max_length <= choices[-1].size:
+        return next(tile for tile in choices if max_length <= tile.size), False
+    share = SAMPLE / max_length
+    # the last one would hold more than a program's registers, with what candidates need besides
+    for tile in choices[:-1]:
+        if share**0.5 * (tile.size**0.5 - k**0.5) >= _DEVIATIONS:
+            return tile, True
     return choices[-2], True
 
 
@@ -130,16 +139,11 @@ def _threshold(x, count, k, slack):
 
 
 @triton.jit
-def _places_of_picks(is_above, is_equal, num_equal):
-    """Which are picked, of equal ones the first num_equal, and each one's place among the picks."""
-    above = is_above.to(tl.int32)
-    equal = is_equal.to(tl.int32)
-    # both counts in one sum, up to and with each
-    reached = tl.cumsum(above + (equal << 16), axis=0)
-    num_above = (reached & 0xFFFF) - above
-    num_before = (reached >> 16) - equal
-    is_pick = is_above | (is_equal & (num_before < num_equal))
-    return is_pick, num_above + tl.minimum(num_before, num_equal)
+def _drop_equal(picks, equal, num_equal):
+    """Of `picks`, 1 or 0 in int32, those that are `equal` beyond the first num_equal become 0."""
+    if num_equal < picks.shape[0]:
+        picks = tl.where(tl.cumsum(equal, axis=0) > num_equal, picks - equal, picks)
+    return picks
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ def _length_of(lengths_ptr, row, RATIO: tl.constexpr):
 def _sample_rank(length, k, SIZE: tl.constexpr, SAMPLE: tl.constexpr):
     """Of how many samples the threshold should be the least, so that k to SIZE scores reach it."""
     share = SAMPLE * 1.0 / length
-    # counts vary by the square root, which itself varies by a half: 5 times that, or midway
+    # five deviations of a half above the root of k, or midway to that of the size: see `pick_tile`
     least = tl.sqrt(k * share)
     rank = tl.minimum(least + 2.5, 0.5 * (least + tl.sqrt(SIZE * share)))
     return tl.maximum((rank * rank).to(tl.int32), 1)
@@ -173,37 +177,47 @@ def _count_bits(words):
 
 
 @triton.jit
-def _list_candidates(candidates_ptr, x, threshold, start, total, capacity, WORDS: tl.constexpr):
-    """Append the columns of x [WORDS, 32] that reach the threshold, in order, to `total` others.
-
-    Candidates are rare: as bits of words, their places are a matter of one sum in 32 columns.
-
-    Returns:
-        Their number with these; what does not fit is counted, too.
-    """
-    bits = tl.where(x >= threshold, 1 << tl.arange(0, 32)[None, :], 0)
-    words = tl.sum(bits, axis=1)
-    counts = _count_bits(words)
-    places = total + tl.cumsum(counts, axis=0) - counts
-    firsts = start + tl.arange(0, WORDS) * 32
-    for _ in range(tl.max(counts, axis=0)):
-        lowest = words & -words
-        mask = (words != 0) & (places < capacity)
-        tl.store(candidates_ptr + places, firsts + _count_bits(lowest - 1), mask=mask)
-        places += 1
-        words ^= lowest
-    return total + tl.sum(counts, axis=0)
+def _reached_words(x, threshold):
+    """[words, 32] float32 -> [words] int32, a bit for each column that reaches the threshold."""
+    return tl.sum(tl.where(x >= threshold, 1 << tl.arange(0, 32)[None, :], 0), axis=1)
 
 
 @triton.jit
+def _list_candidates(words_ptr, candidates_ptr, first, num_words, capacity):
+    """List the columns, from `first` on, whose bits are set, in order, and count them all.
+
+    They are rare: each step stores the lowest of every word.
+    """
+    lanes = tl.arange(0, _LISTED_WORDS)
+    total = num_words * 0
+    for start in range(0, num_words, _LISTED_WORDS):
+        offs = start + lanes
+        words = tl.load(words_ptr + offs, mask=offs < num_words, other=0)
+        counts = _count_bits(words)
+        places = total + tl.cumsum(counts, axis=0) - counts
+        for _ in range(tl.max(counts, axis=0)):
+            lowest = words & -words
+            columns = first + offs * 32 + _count_bits(lowest - 1)
+            mask = (words != 0) & (places < capacity)
+            tl.store(candidates_ptr + places, columns, mask=mask)
+            places += 1
+            words ^= lowest
+        total += tl.sum(counts, axis=0)
+    return total
+
+
+# of words that may be unaligned a thread takes one at a time, so that none changes threads
+@triton.jit(do_not_specialize=["max_words"])
 def narrow_kernel(
     # tensors
     scores_ptr,
     lengths_ptr,
+    words_ptr,
     counts_ptr,
     candidates_ptr,
     # sizes, strides in elements, meta-parameters
     k,
+    max_words,
     capacity,
     stride_scores_row,
     SIZE: tl.constexpr,
@@ -213,6 +227,7 @@ def narrow_kernel(
 ):
     """One program, one part of one row longer than SIZE: the columns that may be picked.
 
+    words: [rows, parts, max_words] int32, scratch: a bit for each column of the part.
     counts: [rows, parts] int32, also of what `candidates` [rows, parts, capacity] int32 cannot
     hold; rows of up to SIZE are left as they are.
     """
@@ -229,31 +244,34 @@ def narrow_kernel(
         scattered = ((lanes * 40503) & 0xFFFF) * 1.0 / 65536.0
         sample = tl.load(scores_ptr + begins + (scattered * widths).to(tl.int32))
         rank = _sample_rank(length, k, SIZE, SAMPLE)
-        threshold, _ = _threshold(sample, SAMPLE, rank, rank // 8)
+        threshold, _ = _threshold(sample, SAMPLE, rank, rank // 16)
         share = tl.cdiv(tl.cdiv(length, num_parts), BLOCK) * BLOCK
         begin = part * share
         end = tl.minimum(begin + share, length)
-        candidates_ptr += (row * num_parts + part) * capacity
-        words: tl.constexpr = BLOCK // 32
-        offs = tl.arange(0, words)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        slot = row * num_parts + part
+        words_ptr += slot * max_words
+        offs_w = tl.arange(0, BLOCK // 32)
+        offs = offs_w[:, None] * 32 + tl.arange(0, 32)[None, :]
         # whole blocks are loaded without a mask, 16 bytes at a time; the next one is on its way
-        # while this one is listed
+        # while this one is compared
         end_whole = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
         is_whole = offs * 0 + begin < end_whole
         following = tl.load(scores_ptr + begin + offs, mask=is_whole, other=0.0)
-        total = 0
         for start in range(begin, end_whole, BLOCK):
             x = following
             is_whole = offs * 0 + start + BLOCK < end_whole
             following = tl.load(scores_ptr + start + BLOCK + offs, mask=is_whole, other=0.0)
-            total = _list_candidates(candidates_ptr, x, threshold, start, total, capacity, words)
+            tl.store(words_ptr + (start - begin) // 32 + offs_w, _reached_words(x, threshold))
         if end_whole < end:
             columns = end_whole + offs
             x = tl.load(scores_ptr + columns, mask=columns < end, other=float("nan"))
-            total = _list_candidates(
-                candidates_ptr, x, threshold, end_whole, total, capacity, words
-            )
-        tl.store(counts_ptr + row * num_parts + part, total)
+            tl.store(words_ptr + (end_whole - begin) // 32 + offs_w, _reached_words(x, threshold))
+        # other threads of this program read them
+        tl.debug_barrier()
+        num_words = tl.cdiv(tl.maximum(end - begin, 0), 32)
+        candidates_ptr += slot * capacity
+        total = _list_candidates(words_ptr, candidates_ptr, begin, num_words, capacity)
+        tl.store(counts_ptr + slot, total)
 
 
 @triton.jit
@@ -287,9 +305,11 @@ def _store_picks(out_ptr, places, columns, mask, table_ptr, ROWS_PER_BLOCK: tl.c
 
 
 @triton.jit
-def _scan_row(scores_ptr, out_ptr, length, k, table_ptr, ROWS_PER_BLOCK: tl.constexpr):
+def _scan_row(
+    scores_ptr, out_ptr, length, k, table_ptr, BLOCK: tl.constexpr, ROWS_PER_BLOCK: tl.constexpr
+):
     """Pick from a row of any length by reading it again and again."""
-    offs = tl.arange(0, _SCAN_BLOCK)
+    offs = tl.arange(0, BLOCK)
     steps = tl.arange(0, 8).to(tl.int64)
     # the order of the k-th largest lies in [low, low + 8 * width)
     low = tl.full([], -0x80000000, tl.int64)
@@ -298,7 +318,7 @@ def _scan_row(scores_ptr, out_ptr, length, k, table_ptr, ROWS_PER_BLOCK: tl.cons
     for _ in range(11):
         thresholds = (low + steps * width).to(tl.int32)
         counts = tl.zeros([8], tl.int32)
-        for start in range(0, length, _SCAN_BLOCK):
+        for start in range(0, length, BLOCK):
             mask = start + offs < length
             order = _order_of(tl.load(scores_ptr + start + offs, mask=mask, other=0.0))
             reaches = (order[:, None] >= thresholds[None, :]) & mask[:, None]
@@ -310,15 +330,16 @@ def _scan_row(scores_ptr, out_ptr, length, k, table_ptr, ROWS_PER_BLOCK: tl.cons
     kth = low.to(tl.int32)
     num_equal = k - num_above
     num_picked = length * 0
-    for start in range(0, length, _SCAN_BLOCK):
+    for start in range(0, length, BLOCK):
         columns = start + offs
         mask = columns < length
         order = _order_of(tl.load(scores_ptr + columns, mask=mask, other=0.0))
-        is_equal = mask & (order == kth)
-        is_pick, places = _places_of_picks(mask & (order > kth), is_equal, num_equal)
-        _store_picks(out_ptr, num_picked + places, columns, is_pick, table_ptr, ROWS_PER_BLOCK)
-        num_picked += tl.sum(is_pick.to(tl.int32), axis=0)
-        num_equal = tl.maximum(num_equal - tl.sum(is_equal.to(tl.int32), axis=0), 0)
+        equal = (mask & (order == kth)).to(tl.int32)
+        picks = _drop_equal((mask & (order >= kth)).to(tl.int32), equal, num_equal)
+        places = num_picked + tl.cumsum(picks, axis=0) - 1
+        _store_picks(out_ptr, places, columns, picks != 0, table_ptr, ROWS_PER_BLOCK)
+        num_picked += tl.sum(picks, axis=0)
+        num_equal = tl.maximum(num_equal - tl.sum(equal, axis=0), 0)
 
 
 @triton.jit
@@ -335,8 +356,10 @@ def _pick_held(
     """Pick from the first `count` >= k of `columns` [SIZE]."""
     x = tl.load(scores_ptr + columns, mask=tl.arange(0, SIZE) < count, other=float("nan"))
     threshold, num_equal = _threshold(x, count, k, 0)
-    is_pick, places = _places_of_picks(x > threshold, x == threshold, num_equal)
-    _store_picks(out_ptr, places, columns, is_pick, table_ptr, ROWS_PER_BLOCK)
+    picks = (x >= threshold).to(tl.int32)
+    picks = _drop_equal(picks, (x == threshold).to(tl.int32), num_equal)
+    places = tl.cumsum(picks, axis=0) - 1
+    _store_picks(out_ptr, places, columns, picks != 0, table_ptr, ROWS_PER_BLOCK)
 
 
 @triton.jit
@@ -400,7 +423,7 @@ def select_kernel(
         if (count >= k) & (count <= SIZE):
             _pick_held(scores_ptr, out_ptr, columns, count, k, tables_ptr, SIZE, ROWS_PER_BLOCK)
         else:
-            _scan_row(scores_ptr, out_ptr, length, k, tables_ptr, ROWS_PER_BLOCK)
+            _scan_row(scores_ptr, out_ptr, length, k, tables_ptr, SIZE // 4, ROWS_PER_BLOCK)
 
 
 # --- launches -----------------------------------------------------------------------------------
@@ -423,22 +446,27 @@ class Selection:
 
     tile: Tile
     num_parts: int  # 0: no row is narrowed
-    capacity: int  # candidates of a part
+    longest: int  # columns of a part
+
+    @property
+    def capacity(self) -> int:
+        """Candidates of a part: more than the tile holds are of no use."""
+        return min(self.longest, self.tile.size)
 
     @property
     def scratch_columns(self) -> int:
         """Of int32, beside each row's scores."""
-        return self.num_parts * (self.capacity + 1)
+        return self.num_parts * (self.longest // 32 + self.capacity + 1)
 
 
-def plan_selection(num_rows: int, max_length: int, target: Target) -> Selection:
-    tile, is_narrowed = pick_tile(max_length, target)
+def plan_selection(num_rows: int, max_length: int, k: int, target: Target) -> Selection:
+    tile, is_narrowed = pick_tile(max_length, k, target)
     if not is_narrowed:
         return Selection(tile, 0, 0)
     num_blocks = triton.cdiv(max_length, NARROW_BLOCK)
     num_parts = min(max(_NUM_PROGRAMS // max(num_rows, 1), 1), 1 << LOG_PARTS, num_blocks)
     longest = triton.cdiv(num_blocks, num_parts) * NARROW_BLOCK
-    return Selection(tile, num_parts, min(longest, tile.size))
+    return Selection(tile, num_parts, longest)
 
 
 def select_columns(
@@ -457,20 +485,23 @@ def select_columns(
     else:
         # of a pool, which there is not
         bounds, sequences, tables, ratio, rows_per_block = lengths, lengths, lengths, 0, 0
-    selection = plan_selection(num_rows, max_length, target)
+    selection = plan_selection(num_rows, max_length, k, target)
     counts = candidates = bounds
     if selection.num_parts:
         shape = (num_rows, selection.num_parts)
-        counts = torch.empty(shape, dtype=torch.int32, device=scores.device)
-        candidates = torch.empty(
-            *shape, selection.capacity, dtype=torch.int32, device=scores.device
+        max_words = selection.longest // 32
+        words, counts, candidates = (
+            torch.empty(*shape, width, dtype=torch.int32, device=scores.device)
+            for width in (max_words, 1, selection.capacity)
         )
         narrow_kernel[shape](
             scores,
             bounds,
+            words,
             counts,
             candidates,
             k,
+            max_words,
             selection.capacity,
             scores.stride(0),
             SIZE=selection.tile.size,
