@@ -111,14 +111,17 @@ def attend_sparse(
         raise ValueError(f"inverse {list(inverse.shape)} does not fit q {list(q.shape)}")
     target = target_of(q.device)
     pools = [kv, ring] if entries is None else [kv, ring, entries]
-    can_run = all(pool.is_contiguous() and pool.dtype == q.dtype for pool in pools)
+    can_run = q.stride(2) == 1 and all(p.is_contiguous() and p.dtype == q.dtype for p in pools)
     if target is not None and can_run and q.dtype == _KERNEL_DTYPE and dim in _DIMS:
-        # only where a kernel is launched is Triton needed
-        from scission.kernels.attention import hopper_rows, sparse_rows
+        # only where a kernel is launched is Triton needed, and Gluon on Hopper alone
+        from scission.kernels.attention import sparse_rows
 
         arguments = (q, kv, ring, window, entries, picks, ratio, sink, scale, inverse, places)
-        if hopper_rows.can_run(num_tokens, num_heads, dim, target):
-            return hopper_rows.attend_rows(*arguments, target)
+        if target.name == "sm_90":
+            from scission.kernels.attention import hopper_rows
+
+            if hopper_rows.is_faster(num_tokens, num_heads, dim):
+                return hopper_rows.attend_rows(*arguments, target)
         return sparse_rows.attend_rows(*arguments, target)
     return reference.attend_sparse(
         q, kv, ring, window, entries, picks, ratio, sink, scale, inverse, places

@@ -342,12 +342,10 @@ def hopper_rows_kernel(
     )  # fmt: skip
 
 
-def can_run(num_tokens: int, num_heads: int, dim: int, target: Target) -> bool:
-    """Whether it is the faster kernel; one token's keys go to more, smaller tiles elsewhere."""
+def is_faster(num_tokens: int, num_heads: int, dim: int) -> bool:
+    """Than sparse_rows, and able to run: one token's keys are better spread over smaller tiles."""
     num_blocks = num_tokens * num_heads // BLOCK_H
-    return (
-        target.name == "sm_90" and dim == DIM and num_heads % BLOCK_H == 0 and num_blocks > MAX_FEW
-    )
+    return dim == DIM and num_heads % BLOCK_H == 0 and num_blocks > MAX_FEW
 
 
 def pick_splits(num_blocks: int, multiprocessors: int, max_keys: int | None) -> int:
