@@ -9,7 +9,7 @@ do the same with the norm that follows and with the writing put off to the next 
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,8 +60,16 @@ class HyperConnection:
     norm_eps: float
     eps: float
     num_iterations: int  # of Sinkhorn; 0 for the head
+    # fn as matrices of bfloat16 that matrix units multiply, where there are kernels
+    fn_parts: Tensor | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        parts = None
+        if target_of(self.fn.device) is not None:
+            from scission.kernels.hyper_connections.mix_streams import bf16_parts
+
+            parts = bf16_parts(self.fn)
+        object.__setattr__(self, "fn_parts", parts)
         rows = self.fn.shape[:1]
         if self.scale.shape != rows or self.base.shape != rows:
             raise ValueError(f"scale and base must be {list(rows)}, got {list(self.scale.shape)}")
@@ -199,6 +207,7 @@ def _read(
         pending.mix.post if pending is not None else None,
         pending.mix.comb if pending is not None else None,
         c.fn,
+        c.fn_parts if c.fn_parts is not None else mix_streams.bf16_parts(c.fn),
         target,
     )
     streams.pending = None
@@ -212,6 +221,7 @@ def _read(
         c.num_iterations,
         norm_weight,
         norm_eps,
+        target,
         quantizes=quantizes,
     )
 

@@ -12,34 +12,50 @@ def launches(target: Target) -> Iterator[tuple[Any, Mapping[str, str], Mapping[s
     pointers = {f"{name}_ptr": "*fp32" for name in ("post", "comb")}
     for num_coefficients in (24, 4):
         columns = mix_streams.columns_of(num_coefficients)
-        for pending in (None, "*bf16", "*fp32"):
+        # nothing, a tensor, and the rows of experts: few tokens', of many
+        for y_type, parts, choices in (
+            ("*bf16", 1, 0),
+            ("*fp32", 1, 8),
+            ("*fp32", 2, 8),
+            (None, 1, 0),
+        ):
+            pending = {
+                "HAS_PENDING": y_type is not None,
+                "NUM_PARTS": parts,
+                "NUM_CHOICES": choices,
+            }
+            streams = {
+                "h_ptr": "*bf16",
+                "y_ptr": y_type or "*bf16",
+                "row_of_ptr": "*i32" if choices else "*fp32",
+                **pointers,
+                "out_ptr": "*bf16",
+            }
+            sizes = {"d": "i32:16", "num_rows": "i32"}
+            strides = {"stride_h_token": "i32:16", "stride_h_stream": "i32:16"}
+            scored = {"fn_ptr": "*fp32", "partials_ptr": "*fp32", "num_tokens": "i32"}
+            coefficients = {"NUM_COEFFICIENTS": num_coefficients, "COLUMNS": columns}
+            size_d = {"BLOCK_D": mix_streams.block_d(target)}
+            yield (
+                mix_streams.score_tokens_kernel,
+                streams | scored | sizes | strides,
+                coefficients | pending | size_d,
+                mix_streams.SCORE_WARPS,
+            )
             yield (
                 mix_streams.score_streams_kernel,
-                {
-                    "h_ptr": "*bf16",
-                    "y_ptr": pending or "*bf16",
-                    "row_of_ptr": "*i32",
-                    **pointers,
-                    "out_ptr": "*bf16",
-                    "fn_ptr": "*fp32",
-                    "partials_ptr": "*fp32",
-                    "num_tokens": "i32",
-                    "d": "i32:16",
-                    **dict.fromkeys(("num_rows", "num_parts", "num_choices"), "i32"),
-                    "slices_per_split": "i32",
-                    "stride_h_token": "i32:16",
-                    "stride_h_stream": "i32:16",
-                },
-                {
-                    "NUM_COEFFICIENTS": num_coefficients,
-                    "COLUMNS": columns,
-                    "HAS_PENDING": pending is not None,
-                    "IS_SUMMED": pending != "*fp32",
-                    "DOT_TYPE": mix_streams.dot_type(target),
-                    "BLOCK_T": mix_streams.BLOCK_T,
-                    "BLOCK_D": mix_streams.block_d(target),
-                    "NUM_STAGES": mix_streams.num_stages(target),
-                },
+                streams | scored | sizes | {"slices_per_split": "i32"} | strides,
+                coefficients
+                | pending
+                | {"DOT_TYPE": mix_streams.dot_type(target), "BLOCK_T": mix_streams.BLOCK_T}
+                | size_d
+                | {"NUM_STAGES": mix_streams.num_stages(target)},
+                mix_streams.SCORE_WARPS,
+            )
+            yield (
+                mix_streams.write_streams_kernel,
+                streams | {"squares_ptr": "*fp32"} | sizes | strides | {"stride_squares": "i32:16"},
+                pending | {"BLOCK_D": mix_streams.WRITE_BLOCK},
                 mix_streams.SCORE_WARPS,
             )
         # d 4096 and 7168
@@ -73,6 +89,7 @@ def launches(target: Target) -> Iterator[tuple[Any, Mapping[str, str], Mapping[s
                         "LANES": mix_streams.LANES,
                         "BLOCKS": blocks,
                         "QUANTIZES": num_coefficients == 24,
+                        "HAS_PTX": target.has_ptx,
                     },
                     mix_streams.READ_WARPS,
                 )

@@ -24,9 +24,13 @@ SCORE_WARPS = 4
 READ_WARPS = 8
 # tokens of a program that works out how they are written, where their sums are whole
 LANES = 64
+WRITE_BLOCK = 1024
+# up to which a program takes one token, and from which a product of matrices is quicker
+FEW_TOKENS = 8
+MANY_TOKENS = 256
 _MAX_SPLIT = 128
-# about two programs a multiprocessor
-_NUM_PROGRAMS = 264
+# about four programs a multiprocessor
+_NUM_PROGRAMS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +71,23 @@ def num_stages(target: Target) -> int:
 
 @triton.jit
 def _pending_rows(
-    y_ptr, row_of_ptr, tokens, mask_t, offs_d, mask, d, num_rows, num_parts, num_choices,
-    IS_SUMMED: tl.constexpr,
+    y_ptr, row_of_ptr, tokens, mask_t, offs_d, mask, d, num_rows,
+    NUM_PARTS: tl.constexpr, NUM_CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_T, BLOCK_D] of y, float32, rounded to bf16: as it lies there, or summed up."""
-    if IS_SUMMED:
+    """[tokens, channels] of y, float32, rounded to bf16: as it lies there, or, of NUM_CHOICES rows
+    a token and NUM_PARTS of each, summed up."""
+    if NUM_CHOICES == 0:
         y = tl.load(y_ptr + tokens[:, None] * d + offs_d[None, :], mask=mask, other=0.0)
         return y.to(tl.float32)
     y = tl.zeros(mask.shape, tl.float32)
-    for choice in range(num_choices):
-        rows = tl.load(row_of_ptr + tokens * num_choices + choice, mask=mask_t, other=-1)
-        for part in range(num_parts):
+    # unrolled: one load does not wait for the other
+    for choice in tl.static_range(NUM_CHOICES):
+        rows = tl.load(row_of_ptr + tokens * NUM_CHOICES + choice, mask=mask_t, other=-1)
+        is_row = mask & (rows >= 0)[:, None]
+        for part in tl.static_range(NUM_PARTS):
             starts = (part * num_rows + rows).to(tl.int64) * d
-            is_row = mask & (rows >= 0)[:, None]
-            y += tl.load(y_ptr + starts[:, None] + offs_d[None, :], mask=is_row, other=0.0).to(
-                tl.float32
-            )
+            found = tl.load(y_ptr + starts[:, None] + offs_d[None, :], mask=is_row, other=0.0)
+            y += found.to(tl.float32)
     return round_to_bf16(y)
 
 
@@ -102,7 +107,9 @@ def _mixed(h0, h1, h2, h3, y, post_ptr, comb_ptr, tokens, mask_t, K: tl.constexp
 def _scored(h, acc, squares, fn_ptrs, mask_fn, DOT_TYPE: tl.constexpr):
     """One stream's share of the products with fn and of the sum of squares."""
     fn = tl.load(fn_ptrs, mask=mask_fn, other=0.0)
-    return dot_exact(fn, tl.trans(h), acc, DOT_TYPE), squares + tl.sum(h * h, axis=1)
+    # matrix units cut what they add to: long sums are added up outside
+    part = dot_exact(fn, tl.trans(h), tl.zeros_like(acc), DOT_TYPE)
+    return acc + part, squares + tl.sum(h * h, axis=1)
 
 
 @triton.jit
@@ -120,15 +127,14 @@ def score_streams_kernel(
     num_tokens,
     d,
     num_rows,
-    num_parts,
-    num_choices,
     slices_per_split,
     stride_h_token,
     stride_h_stream,
     NUM_COEFFICIENTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS_PENDING: tl.constexpr,
-    IS_SUMMED: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    NUM_CHOICES: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -158,8 +164,8 @@ def score_streams_kernel(
         h3 = tl.load(h_ptrs + 3 * stride_h_stream, mask=mask, other=0.0).to(tl.float32)
         if HAS_PENDING:
             y = _pending_rows(
-                y_ptr, row_of_ptr, tokens, mask_t, offs_d, mask, d, num_rows, num_parts,
-                num_choices, IS_SUMMED,
+                y_ptr, row_of_ptr, tokens, mask_t, offs_d, mask, d, num_rows, NUM_PARTS,
+                NUM_CHOICES,
             )  # fmt: skip
             new0 = _mixed(h0, h1, h2, h3, y, post_ptr, comb_ptr, tokens, mask_t, 0)
             new1 = _mixed(h0, h1, h2, h3, y, post_ptr, comb_ptr, tokens, mask_t, 1)
@@ -183,6 +189,147 @@ def score_streams_kernel(
 
 
 @triton.jit
+def score_tokens_kernel(
+    # tensors
+    h_ptr,
+    y_ptr,
+    row_of_ptr,
+    post_ptr,
+    comb_ptr,
+    out_ptr,
+    fn_ptr,
+    partials_ptr,
+    # sizes, strides in elements, meta-parameters
+    num_tokens,
+    d,
+    num_rows,
+    stride_h_token,
+    stride_h_stream,
+    NUM_COEFFICIENTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_PENDING: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    NUM_CHOICES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """As `score_streams_kernel`, one token and one slice a program, without matrix units."""
+    token = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    columns = tl.arange(0, COLUMNS)
+    is_coefficient = columns < NUM_COEFFICIENTS
+    offs_d = split * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < d
+    # nothing depends on the weights' arrival but the end
+    fn_ptrs = fn_ptr + columns[:, None] * (4 * d) + offs_d[None, :]
+    mask_fn = is_coefficient[:, None] & mask_d[None, :]
+    fn0 = tl.load(fn_ptrs, mask=mask_fn, other=0.0)
+    fn1 = tl.load(fn_ptrs + d, mask=mask_fn, other=0.0)
+    fn2 = tl.load(fn_ptrs + 2 * d, mask=mask_fn, other=0.0)
+    fn3 = tl.load(fn_ptrs + 3 * d, mask=mask_fn, other=0.0)
+    h_ptrs = h_ptr + token * stride_h_token + offs_d
+    h0 = tl.load(h_ptrs, mask=mask_d, other=0.0).to(tl.float32)
+    h1 = tl.load(h_ptrs + stride_h_stream, mask=mask_d, other=0.0).to(tl.float32)
+    h2 = tl.load(h_ptrs + 2 * stride_h_stream, mask=mask_d, other=0.0).to(tl.float32)
+    h3 = tl.load(h_ptrs + 3 * stride_h_stream, mask=mask_d, other=0.0).to(tl.float32)
+    if HAS_PENDING:
+        if NUM_CHOICES == 0:
+            y = tl.load(y_ptr + token * d + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        else:
+            y = tl.zeros([BLOCK_D], tl.float32)
+            for choice in tl.static_range(NUM_CHOICES):
+                row = tl.load(row_of_ptr + token * NUM_CHOICES + choice)
+                is_row = mask_d & (row >= 0)
+                for part in tl.static_range(NUM_PARTS):
+                    start = (part * num_rows + row).to(tl.int64) * d
+                    found = tl.load(y_ptr + start + offs_d, mask=is_row, other=0.0)
+                    y += found.to(tl.float32)
+            y = round_to_bf16(y)
+        new0 = _mixed_token(h0, h1, h2, h3, y, post_ptr, comb_ptr, token, 0)
+        new1 = _mixed_token(h0, h1, h2, h3, y, post_ptr, comb_ptr, token, 1)
+        new2 = _mixed_token(h0, h1, h2, h3, y, post_ptr, comb_ptr, token, 2)
+        new3 = _mixed_token(h0, h1, h2, h3, y, post_ptr, comb_ptr, token, 3)
+        h0, h1, h2, h3 = new0, new1, new2, new3
+        out_ptrs = out_ptr + token * (4 * d) + offs_d
+        store_rounded(out_ptrs, h0, mask_d)
+        store_rounded(out_ptrs + d, h1, mask_d)
+        store_rounded(out_ptrs + 2 * d, h2, mask_d)
+        store_rounded(out_ptrs + 3 * d, h3, mask_d)
+    products = fn0 * h0[None, :] + fn1 * h1[None, :] + fn2 * h2[None, :] + fn3 * h3[None, :]
+    squares = tl.sum(h0 * h0 + h1 * h1 + h2 * h2 + h3 * h3, axis=0)
+    row_ptr = partials_ptr + (split * num_tokens + token) * COLUMNS
+    tl.store(row_ptr + columns, tl.sum(products, axis=1), mask=is_coefficient)
+    tl.store(row_ptr + NUM_COEFFICIENTS, squares)
+
+
+@triton.jit
+def _mixed_token(h0, h1, h2, h3, y, post_ptr, comb_ptr, token, K: tl.constexpr):
+    """`_mixed` of one token."""
+    comb = comb_ptr + token * 16 + K
+    new = tl.load(post_ptr + token * 4 + K) * y + tl.load(comb) * h0 + tl.load(comb + 4) * h1
+    return round_to_bf16(new + tl.load(comb + 8) * h2 + tl.load(comb + 12) * h3)
+
+
+@triton.jit
+def write_streams_kernel(
+    # tensors
+    h_ptr,
+    y_ptr,
+    row_of_ptr,
+    post_ptr,
+    comb_ptr,
+    out_ptr,
+    squares_ptr,
+    # sizes, strides in elements, meta-parameters
+    d,
+    num_rows,
+    stride_h_token,
+    stride_h_stream,
+    stride_squares,
+    HAS_PENDING: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    NUM_CHOICES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program, one token: what is pending is written, and the sum of squares. For many tokens,
+    which a product of matrices scores."""
+    token = tl.program_id(0).to(tl.int64)
+    squares = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, d, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < d
+        h_ptrs = h_ptr + token * stride_h_token + offs_d
+        h0 = tl.load(h_ptrs, mask=mask_d, other=0.0).to(tl.float32)
+        h1 = tl.load(h_ptrs + stride_h_stream, mask=mask_d, other=0.0).to(tl.float32)
+        h2 = tl.load(h_ptrs + 2 * stride_h_stream, mask=mask_d, other=0.0).to(tl.float32)
+        h3 = tl.load(h_ptrs + 3 * stride_h_stream, mask=mask_d, other=0.0).to(tl.float32)
+        if HAS_PENDING:
+            if NUM_CHOICES == 0:
+                y = tl.load(y_ptr + token * d + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            else:
+                y = tl.zeros([BLOCK_D], tl.float32)
+                for choice in tl.static_range(NUM_CHOICES):
+                    row = tl.load(row_of_ptr + token * NUM_CHOICES + choice)
+                    is_row = mask_d & (row >= 0)
+                    for part in tl.static_range(NUM_PARTS):
+                        first = (part * num_rows + row).to(tl.int64) * d
+                        found = tl.load(y_ptr + first + offs_d, mask=is_row, other=0.0)
+                        y += found.to(tl.float32)
+                y = round_to_bf16(y)
+            new0 = _mixed_token(h0, h1, h2, h3, y, post_ptr, comb_ptr, token, 0)
+            new1 = _mixed_token(h0, h1, h2, h3, y, post_ptr, comb_ptr, token, 1)
+            new2 = _mixed_token(h0, h1, h2, h3, y, post_ptr, comb_ptr, token, 2)
+            new3 = _mixed_token(h0, h1, h2, h3, y, post_ptr, comb_ptr, token, 3)
+            h0, h1, h2, h3 = new0, new1, new2, new3
+            out_ptrs = out_ptr + token * (4 * d) + offs_d
+            store_rounded(out_ptrs, h0, mask_d)
+            store_rounded(out_ptrs + d, h1, mask_d)
+            store_rounded(out_ptrs + 2 * d, h2, mask_d)
+            store_rounded(out_ptrs + 3 * d, h3, mask_d)
+        squares += h0 * h0 + h1 * h1 + h2 * h2 + h3 * h3
+    tl.store(squares_ptr + token * stride_squares, tl.sum(squares, axis=0))
+
+
+@triton.jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
@@ -194,8 +341,18 @@ def _coefficient(sums, inverse_rms, scale_ptr, base_ptr, INDEX: tl.constexpr):
 
 
 @triton.jit
-def _normalise(a, b, c, d, eps):
-    total = 1.0 / ((a + b) + (c + d) + eps)
+def _reciprocal(x, HAS_PTX: tl.constexpr):
+    """1 / x to the last bit but one: forty of them follow one another."""
+    if HAS_PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def _normalise(a, b, c, d, eps, HAS_PTX: tl.constexpr):
+    total = _reciprocal((a + b) + (c + d) + eps, HAS_PTX)
     return a * total, b * total, c * total, d * total
 
 
@@ -271,7 +428,7 @@ def _store_row(ptr, mask, a, b, c, d):
 @triton.jit
 def _write_mix(
     partials_ptr, sums, tokens, mask, inverse_rms, scale_ptr, base_ptr, post_ptr, comb_ptr,
-    eps, num_iterations, COLUMNS: tl.constexpr, IS_SPLIT: tl.constexpr,
+    eps, num_iterations, COLUMNS: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_PTX: tl.constexpr,
 ):  # fmt: skip
     """Steps 4 to 6: post and comb of one token, or of a vector of tokens."""
     for k in tl.static_range(4):
@@ -297,19 +454,19 @@ def _write_mix(
         COLUMNS, IS_SPLIT, 3,
     )  # fmt: skip
     # columns, then rows and columns in turn: 16 numbers in registers, no exchange between threads
-    a0, b0, c0, d0 = _normalise(a0, b0, c0, d0, eps)
-    a1, b1, c1, d1 = _normalise(a1, b1, c1, d1, eps)
-    a2, b2, c2, d2 = _normalise(a2, b2, c2, d2, eps)
-    a3, b3, c3, d3 = _normalise(a3, b3, c3, d3, eps)
+    a0, b0, c0, d0 = _normalise(a0, b0, c0, d0, eps, HAS_PTX)
+    a1, b1, c1, d1 = _normalise(a1, b1, c1, d1, eps, HAS_PTX)
+    a2, b2, c2, d2 = _normalise(a2, b2, c2, d2, eps, HAS_PTX)
+    a3, b3, c3, d3 = _normalise(a3, b3, c3, d3, eps, HAS_PTX)
     for _ in range(num_iterations - 1):
-        a0, a1, a2, a3 = _normalise(a0, a1, a2, a3, eps)
-        b0, b1, b2, b3 = _normalise(b0, b1, b2, b3, eps)
-        c0, c1, c2, c3 = _normalise(c0, c1, c2, c3, eps)
-        d0, d1, d2, d3 = _normalise(d0, d1, d2, d3, eps)
-        a0, b0, c0, d0 = _normalise(a0, b0, c0, d0, eps)
-        a1, b1, c1, d1 = _normalise(a1, b1, c1, d1, eps)
-        a2, b2, c2, d2 = _normalise(a2, b2, c2, d2, eps)
-        a3, b3, c3, d3 = _normalise(a3, b3, c3, d3, eps)
+        a0, a1, a2, a3 = _normalise(a0, a1, a2, a3, eps, HAS_PTX)
+        b0, b1, b2, b3 = _normalise(b0, b1, b2, b3, eps, HAS_PTX)
+        c0, c1, c2, c3 = _normalise(c0, c1, c2, c3, eps, HAS_PTX)
+        d0, d1, d2, d3 = _normalise(d0, d1, d2, d3, eps, HAS_PTX)
+        a0, b0, c0, d0 = _normalise(a0, b0, c0, d0, eps, HAS_PTX)
+        a1, b1, c1, d1 = _normalise(a1, b1, c1, d1, eps, HAS_PTX)
+        a2, b2, c2, d2 = _normalise(a2, b2, c2, d2, eps, HAS_PTX)
+        a3, b3, c3, d3 = _normalise(a3, b3, c3, d3, eps, HAS_PTX)
     row_ptr = comb_ptr + tokens * 16
     _store_row(row_ptr, mask, a0, a1, a2, a3)
     _store_row(row_ptr + 4, mask, b0, b1, b2, b3)
@@ -347,6 +504,7 @@ def read_streams_kernel(
     LANES: tl.constexpr,
     BLOCKS: tl.constexpr,
     QUANTIZES: tl.constexpr,
+    HAS_PTX: tl.constexpr,
 ):
     """The first num_writers programs: post and comb of LANES tokens (of one where sums are split).
     Every other: one token's sum of the streams, normalised; and quantised in blocks of 128.
@@ -363,7 +521,7 @@ def read_streams_kernel(
             inverse_rms = tl.rsqrt(squares / width + mean_eps)
             _write_mix(
                 partials_ptr, sums, token, True, inverse_rms, scale_ptr, base_ptr, post_ptr,
-                comb_ptr, eps, num_iterations, COLUMNS, True,
+                comb_ptr, eps, num_iterations, COLUMNS, True, HAS_PTX,
             )  # fmt: skip
         else:
             tokens = program.to(tl.int64) * LANES + tl.arange(0, LANES)
@@ -373,7 +531,7 @@ def read_streams_kernel(
             inverse_rms_of = tl.rsqrt(norms / width + mean_eps)
             _write_mix(
                 partials_ptr, norms, tokens, mask_t, inverse_rms_of, scale_ptr, base_ptr, post_ptr,
-                comb_ptr, eps, num_iterations, COLUMNS, False,
+                comb_ptr, eps, num_iterations, COLUMNS, False, HAS_PTX,
             )  # fmt: skip
     else:
         token = (program - num_writers).to(tl.int64)
@@ -430,6 +588,7 @@ def score_streams(
     post: Tensor | None,
     comb: Tensor | None,
     fn: Tensor,
+    fn_parts: Tensor,
     target: Target,
 ) -> tuple[Tensor, Coefficients]:
     """Write what is pending into the streams, in place where they are contiguous, and score them.
@@ -438,7 +597,7 @@ def score_streams(
         h: [num_tokens, 4, d] bfloat16.
         y: [num_tokens, d] bfloat16, or rows to be summed; None: nothing is pending.
         post, comb: [num_tokens, 4], [num_tokens, 4, 4] float32, with y.
-        fn: [num_coefficients, 4 d] float32.
+        fn: [num_coefficients, 4 d] float32; `fn_parts`: of `bf16_parts`.
 
     Returns:
         The streams as they are now, and the coefficients' sums.
@@ -446,43 +605,102 @@ def score_streams(
     num_tokens, _, d = h.shape
     num_coefficients = fn.shape[0]
     columns = columns_of(num_coefficients)
-    num_slices = triton.cdiv(d, block_d(target))
-    split = pick_split(num_tokens, num_slices)
+    size_d = block_d(target)
+    num_slices = triton.cdiv(d, size_d)
+    is_many = num_tokens >= MANY_TOKENS
+    is_few = num_tokens <= FEW_TOKENS
+    split = 1 if is_many else num_slices if is_few else pick_split(num_tokens, num_slices)
     partials = torch.empty(split, num_tokens, columns, dtype=torch.float32, device=h.device)
     out = h
     if y is not None and not h.is_contiguous():
         out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    is_summed = not isinstance(y, ExpertOutputs)
-    rows, row_of = (y.rows, y.row_of) if isinstance(y, ExpertOutputs) else (y, None)
-    if num_tokens:
-        score_streams_kernel[(triton.cdiv(num_tokens, BLOCK_T), split)](
-            h,
-            rows.contiguous() if rows is not None else h,
-            row_of if row_of is not None else partials,
-            post if post is not None else partials,
-            comb if comb is not None else partials,
-            out,
+    if not num_tokens:
+        return out, Coefficients(partials, num_coefficients)
+    outputs = y if isinstance(y, ExpertOutputs) else None
+    rows = y.contiguous() if isinstance(y, Tensor) else outputs.rows if outputs else h
+    tensors = (
+        h,
+        rows,
+        outputs.row_of if outputs else partials,
+        post if post is not None else partials,
+        comb if comb is not None else partials,
+        out,
+    )
+    num_rows = outputs.rows.shape[1] if outputs else 0
+    pending = {
+        "HAS_PENDING": y is not None,
+        "NUM_PARTS": outputs.rows.shape[0] if outputs else 1,
+        "NUM_CHOICES": outputs.row_of.shape[1] if outputs else 0,
+    }
+    if is_many:
+        write_streams_kernel[(num_tokens,)](
+            *tensors,
+            partials[0, :, num_coefficients],
+            d,
+            num_rows,
+            h.stride(0),
+            h.stride(1),
+            columns,
+            **pending,
+            BLOCK_D=WRITE_BLOCK,
+            num_warps=SCORE_WARPS,
+        )
+        partials[0, :, :num_coefficients] = _product(out, fn_parts)
+    elif is_few:
+        score_tokens_kernel[(num_tokens, split)](
+            *tensors,
             fn,
             partials,
             num_tokens,
             d,
-            rows.shape[1] if row_of is not None and rows is not None else 0,
-            rows.shape[0] if row_of is not None and rows is not None else 0,
-            row_of.shape[1] if row_of is not None else 0,
+            num_rows,
+            h.stride(0),
+            h.stride(1),
+            NUM_COEFFICIENTS=num_coefficients,
+            COLUMNS=columns,
+            **pending,
+            BLOCK_D=size_d,
+            num_warps=SCORE_WARPS,
+        )
+    else:
+        score_streams_kernel[(triton.cdiv(num_tokens, BLOCK_T), split)](
+            *tensors,
+            fn,
+            partials,
+            num_tokens,
+            d,
+            num_rows,
             triton.cdiv(num_slices, split),
             h.stride(0),
             h.stride(1),
             NUM_COEFFICIENTS=num_coefficients,
             COLUMNS=columns,
-            HAS_PENDING=y is not None,
-            IS_SUMMED=is_summed,
+            **pending,
             DOT_TYPE=dot_type(target),
             BLOCK_T=BLOCK_T,
-            BLOCK_D=block_d(target),
+            BLOCK_D=size_d,
             NUM_STAGES=num_stages(target),
             num_warps=SCORE_WARPS,
         )
     return out, Coefficients(partials, num_coefficients)
+
+
+def bf16_parts(fn: Tensor) -> Tensor:
+    """[n, k] float32 -> [3 n, k] bfloat16: matrices whose sum it is, one below the other."""
+    high = fn.to(torch.bfloat16)
+    rest = fn - high.float()
+    middle = rest.to(torch.bfloat16)
+    return torch.cat([high, middle, (rest - middle.float()).to(torch.bfloat16)])
+
+
+def _product(h: Tensor, fn_parts: Tensor) -> Tensor:
+    """[num_tokens, n] float32: the flattened streams times the matrix that fn_parts add up to."""
+    v = h.flatten(1)
+    if v.device.type == "cpu":
+        products = torch.mm(v.float(), fn_parts.float().mT)
+    else:
+        products = torch.mm(v, fn_parts.mT, out_dtype=torch.float32)
+    return products.view(v.shape[0], 3, -1).sum(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,6 +724,7 @@ def read_streams(
     num_iterations: int,
     weight: Tensor,
     norm_eps: float,
+    target: Target,
     *,
     quantizes: bool,
 ) -> Reading:
@@ -555,6 +774,7 @@ def read_streams(
             LANES=LANES,
             BLOCKS=triton.next_power_of_2(d // FP8_BLOCK),
             QUANTIZES=quantizes,
+            HAS_PTX=target.has_ptx,
             num_warps=READ_WARPS,
         )
     return Reading(values, codes, scales, post, comb)

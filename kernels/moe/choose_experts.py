@@ -19,11 +19,9 @@ from scission.kernels.target import Target
 
 BLOCK_T = 16
 BLOCK_E = 32
-BLOCK_K = 128
 MAX_TOKENS = 128
 # pairs that one program groups
 MAX_PAIRS = 1024
-NUM_WARPS = 8
 _NUM_PROGRAMS = 128
 
 Score = Literal["sqrtsoftplus", "sigmoid"]
@@ -64,10 +62,19 @@ def num_counters(num_tokens: int = MAX_TOKENS) -> int:
     return 1 + -(-num_tokens // BLOCK_T)
 
 
+def block_k(gate_dtype: torch.dtype) -> int:
+    return 256 if gate_dtype == torch.bfloat16 else 128
+
+
+def num_warps(num_tokens: int) -> int:
+    """The choice among one token's scores is quicker where fewer warps have to agree."""
+    return 4 if num_tokens == 1 else 8
+
+
 def pick_split(num_tokens: int, num_experts: int, num_blocks: int) -> int:
     """Over how many programs the inputs are divided: few where many tokens' sums are added."""
     tiles = triton.cdiv(num_tokens, BLOCK_T) * triton.cdiv(num_experts, BLOCK_E)
-    most = 16 if num_tokens <= 4 else 8
+    most = 16 if num_tokens == 1 else 8 if num_experts <= 256 else 4
     split = 1
     while split < most and tiles * split < _NUM_PROGRAMS and split * 2 <= num_blocks:
         split *= 2
@@ -177,6 +184,7 @@ def choose_experts_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
 ):
     """One program, BLOCK_E experts' scores of BLOCK_T tokens over a share of the inputs.
 
@@ -201,14 +209,15 @@ def choose_experts_kernel(
     tl.store(partials_ptrs + experts[:, None], acc, mask=mask_e[:, None] & mask_t[None, :])
     tl.debug_barrier()
     arrived = tl.atomic_add(counters_ptr + 1 + pid_t, 1, sem="acq_rel")
-    if arrived == tl.num_programs(1) * tl.num_programs(2) - 1:
+    if arrived == tl.num_programs(1) * NUM_SPLITS - 1:
         tl.store(counters_ptr + 1 + pid_t, 0)
         rows = pid_t * BLOCK_T + tl.arange(0, ROWS)
         mask_r = rows < num_tokens
         lanes = tl.arange(0, EXPERT_LANES)
         mask = mask_r[:, None] & (lanes < num_experts)[None, :]
         logits = tl.zeros([ROWS, EXPERT_LANES], tl.float32)
-        for part in range(tl.num_programs(2)):
+        # unrolled: one load does not wait for the other
+        for part in tl.static_range(NUM_SPLITS):
             ptrs = partials_ptr + (part * num_tokens + rows)[:, None] * num_experts
             logits += tl.load(ptrs + lanes[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         chosen, weights = choose(
@@ -220,20 +229,58 @@ def choose_experts_kernel(
         if HAS_POSITIONS:
             positions = tl.load(positions_ptr + rows, mask=mask_r, other=-1)
             is_here &= (positions >= 0)[:, None]
-        columns = tl.arange(0, 16)
-        places = rows[:, None] * top_k + columns[None, :]
-        mask_k = mask_r[:, None] & (columns < top_k)[None, :]
-        tl.store(experts_ptr + places, tl.where(is_here, chosen, -1), mask=mask_k)
-        tl.store(weights_ptr + places, weights, mask=mask_k)
-        tl.debug_barrier()
-        arrived_tiles = tl.atomic_add(counters_ptr, 1, sem="acq_rel")
-        if arrived_tiles == tl.num_programs(0) - 1:
-            tl.store(counters_ptr, 0)
-            _group(
-                experts_ptr, weights_ptr, leaders_ptr, block_experts_ptr, block_rows_ptr,
-                row_tokens_ptr, row_weights_ptr, row_of_ptr, num_tokens, top_k, num_slots,
-                num_shared_rows, GROUP_M, PAIR_LANES,
+        if ROWS == 1:
+            _group_one(
+                tl.reshape(tl.where(is_here, chosen, -1), [16]), tl.reshape(weights, [16]),
+                block_experts_ptr, block_rows_ptr, row_tokens_ptr, row_weights_ptr, row_of_ptr,
+                top_k, num_slots, num_shared_rows, GROUP_M,
             )  # fmt: skip
+        else:
+            columns = tl.arange(0, 16)
+            places = rows[:, None] * top_k + columns[None, :]
+            mask_k = mask_r[:, None] & (columns < top_k)[None, :]
+            tl.store(experts_ptr + places, tl.where(is_here, chosen, -1), mask=mask_k)
+            tl.store(weights_ptr + places, weights, mask=mask_k)
+            tl.debug_barrier()
+            arrived_tiles = tl.atomic_add(counters_ptr, 1, sem="acq_rel")
+            if arrived_tiles == tl.num_programs(0) - 1:
+                tl.store(counters_ptr, 0)
+                _group(
+                    experts_ptr, weights_ptr, leaders_ptr, block_experts_ptr, block_rows_ptr,
+                    row_tokens_ptr, row_weights_ptr, row_of_ptr, num_tokens, top_k, num_slots,
+                    num_shared_rows, GROUP_M, PAIR_LANES,
+                )  # fmt: skip
+
+
+@triton.jit
+def _group_one(
+    experts, weights, block_experts_ptr, block_rows_ptr, row_tokens_ptr, row_weights_ptr,
+    row_of_ptr, top_k, num_slots, num_shared_rows, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """As `_group`, of the one token's [16] experts, without a way through memory."""
+    pairs = tl.arange(0, 16)
+    is_here = experts >= 0
+    is_same = experts[None, :] == experts[:, None]
+    is_below = is_here[None, :] & (experts[None, :] < experts[:, None])
+    is_before = is_same & (pairs[None, :] < pairs[:, None])
+    start = tl.sum(is_below.to(tl.int32), axis=1)
+    count = tl.sum(is_same.to(tl.int32), axis=1)
+    row = start + tl.sum(is_before.to(tl.int32), axis=1)
+    is_leader = is_here & ((row - start) % GROUP_M == 0)
+    is_earlier = is_leader[None, :] & (row[None, :] < row[:, None])
+    block = tl.sum(is_earlier.to(tl.int32), axis=1)
+    tl.store(row_tokens_ptr + row, pairs * 0, mask=is_here)
+    tl.store(row_weights_ptr + row, weights, mask=is_here)
+    shared = pairs - top_k
+    of_pair = tl.where(is_here, row, -1)
+    places = tl.where(shared < 0, of_pair, top_k + shared)
+    tl.store(row_of_ptr + pairs, places, mask=shared < num_shared_rows)
+    tl.store(block_experts_ptr + block, experts, mask=is_leader)
+    tl.store(block_rows_ptr + block * 2, row, mask=is_leader)
+    end = tl.minimum(row + GROUP_M, start + count)
+    tl.store(block_rows_ptr + block * 2 + 1, end, mask=is_leader)
+    num_leaders = tl.sum(is_leader.to(tl.int32), axis=0)
+    tl.store(block_experts_ptr + pairs, -1, mask=(pairs >= num_leaders) & (pairs < num_slots))
 
 
 @triton.jit
@@ -297,7 +344,8 @@ def _group(
 
 
 def can_choose(num_tokens: int, top_k: int) -> bool:
-    return 0 < num_tokens <= MAX_TOKENS and top_k <= 16 and num_tokens * top_k <= MAX_PAIRS
+    # one token's pairs and shared rows are written by 16 lanes
+    return 0 < num_tokens <= MAX_TOKENS and top_k <= 12 and num_tokens * top_k <= MAX_PAIRS
 
 
 def dot_type(target: Target) -> tl.dtype:
@@ -307,7 +355,7 @@ def dot_type(target: Target) -> tl.dtype:
 def choose_experts(
     x: Tensor,
     routing: Routing,
-    token_ids: Tensor,
+    token_ids: Tensor | None,
     positions: Tensor | None,
     block_m: int,
     num_shared_rows: int,
@@ -317,16 +365,18 @@ def choose_experts(
     """
     Args:
         x: [num_tokens, d] bfloat16; `can_choose` says how many tokens.
-        token_ids: [num_tokens] int64, for a table.
+        token_ids: [num_tokens] int64, for a table and only there.
         positions: [num_tokens] int64; tokens at -1, padding, take no expert. None: no padding.
         num_shared_rows: columns of `row_of` after those of the choice.
         counters: [num_counters()] int32, zeros, and zeros again afterwards.
     """
+    assert routing.table is None or token_ids is not None, "a table goes by token ids"
     num_tokens, d = x.shape
     top_k, device = routing.top_k, x.device
     num_pairs = num_tokens * top_k
     num_blocks = max_blocks(num_pairs, routing.num_local, block_m)
-    split = pick_split(num_tokens, routing.num_experts, triton.cdiv(d, BLOCK_K))
+    size_k = block_k(routing.gate.dtype)
+    split = pick_split(num_tokens, routing.num_experts, triton.cdiv(d, size_k))
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -347,9 +397,9 @@ def choose_experts(
         x,
         routing.gate,
         routing.bias if routing.bias is not None else routing.gate,
-        routing.table if routing.table is not None else token_ids,
-        token_ids,
-        positions if positions is not None else token_ids,
+        routing.table if routing.table is not None else counters,
+        token_ids if token_ids is not None else counters,
+        positions if positions is not None else counters,
         floats(split, num_tokens, routing.num_experts),
         ints(num_tokens, top_k),
         floats(num_tokens, top_k),
@@ -367,7 +417,7 @@ def choose_experts(
         routing.scaling,
         routing.first_expert,
         routing.num_local,
-        triton.cdiv(triton.cdiv(d, BLOCK_K), split),
+        triton.cdiv(triton.cdiv(d, size_k), split),
         num_blocks,
         num_shared_rows,
         SCORE=routing.score,
@@ -381,7 +431,8 @@ def choose_experts(
         PAIR_LANES=pair_lanes(num_pairs),
         BLOCK_T=BLOCK_T,
         BLOCK_E=BLOCK_E,
-        BLOCK_K=BLOCK_K,
-        num_warps=NUM_WARPS,
+        BLOCK_K=size_k,
+        NUM_SPLITS=split,
+        num_warps=num_warps(num_tokens),
     )
     return groups

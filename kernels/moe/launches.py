@@ -72,14 +72,18 @@ def _choices(target: Target) -> Iterator[_Launch]:
     }
     ints = ("experts", "leaders", "block_experts", "block_rows", "row_tokens")
     for lanes, score, is_hashed, gate_type in sorted(cases):
-        for rows, pairs in ((1, 64), (16, 64), (16, 1024)):
+        most = 8 if lanes <= 256 else 4
+        for rows, pairs, split in ((1, 64, 16), (16, 64, most), (16, 1024, most), (16, 1024, 2)):
             yield (
                 choose_experts.choose_experts_kernel,
                 {
                     "x_ptr": "*bf16",
                     "gate_ptr": gate_type,
                     "bias_ptr": gate_type if is_hashed else "*fp32",
-                    **dict.fromkeys(("table_ptr", "token_ids_ptr", "positions_ptr"), "*i64"),
+                    **dict.fromkeys(
+                        ("table_ptr", "token_ids_ptr"), "*i64" if is_hashed else "*i32"
+                    ),
+                    "positions_ptr": "*i64",
                     "partials_ptr": "*fp32",
                     "experts_ptr": "*i32",
                     "weights_ptr": "*fp32",
@@ -110,9 +114,10 @@ def _choices(target: Target) -> Iterator[_Launch]:
                     "PAIR_LANES": pairs,
                     "BLOCK_T": choose_experts.BLOCK_T,
                     "BLOCK_E": choose_experts.BLOCK_E,
-                    "BLOCK_K": choose_experts.BLOCK_K,
+                    "BLOCK_K": 256 if gate_type == "*bf16" else 128,
+                    "NUM_SPLITS": split,
                 },
-                choose_experts.NUM_WARPS,
+                choose_experts.num_warps(rows),
             )
 
 

@@ -17,6 +17,7 @@ from scission.kernels.hyper_connections import (
     hc_read,
     hc_read_head,
     hc_write,
+    mix_streams,
 )
 from scission.kernels.hyper_connections import reference as hc_reference
 from scission.kernels.linear import QuantizedRows, Scaling, quantize_rows
@@ -217,8 +218,17 @@ def _check_reading(case: StreamCase, kind: str) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("kind", ["first", "summed", "rows"])
-@pytest.mark.parametrize(("num_tokens", "d"), [(1, 256), (18, 128)])
+@pytest.mark.parametrize(
+    ("num_tokens", "d", "kind"),
+    [
+        (1, 384, "rows"),
+        (2, 128, "first"),
+        (17, 128, "summed"),
+        (17, 128, "rows"),
+        (21, 128, "first"),
+        (21, 256, "rows"),
+    ],
+)
 def test_streams_kernels_equal_their_references(
     num_tokens: int,
     d: int,
@@ -227,6 +237,9 @@ def test_streams_kernels_equal_their_references(
     kernel_target: Target,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    case = StreamCase(num_tokens, d, kernel_device)
     _run_kernels_everywhere(monkeypatch, kernel_target)
+    # in tiles, and by a product of matrices
+    monkeypatch.setattr(mix_streams, "FEW_TOKENS", 2)
+    monkeypatch.setattr(mix_streams, "MANY_TOKENS", 20)
+    case = StreamCase(num_tokens, d, kernel_device)
     _check_reading(case, kind)
