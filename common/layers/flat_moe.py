@@ -1,6 +1,8 @@
 """Mixture of experts stored flat (one tensor for all experts), routed by sigmoid scores."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +22,17 @@ from scission.kernels.gated_experts import (
 )
 from scission.kernels.linear import (
     QuantizedRows,
+    Scaling,
     can_run,
     linear_block_fp8,
     quantize_rows,
     round_trip_rows,
 )
 from scission.kernels.quant import FP8_BLOCK, scale_values
+from scission.kernels.target import target_of
+
+if TYPE_CHECKING:
+    from scission.kernels.moe.coded import CodedExperts
 
 
 class SigmoidRouter:
@@ -42,16 +49,17 @@ class SigmoidRouter:
         has_bias: bool,
     ) -> None:
         shape = (num_experts, dim)
-        gate = w.tensor("gate.weight", shape, torch.bfloat16, or_dtype=torch.float32)
-        self._gate = gate.float()
-        self._bias = w.tensor("router_bias", (num_experts,), torch.float32) if has_bias else None
-        self._top_k = top_k
-        self._scaling = scaling
+        # as it is stored
+        self.gate = w.tensor("gate.weight", shape, torch.bfloat16, or_dtype=torch.float32)
+        self._gate = self.gate.float()
+        self.bias = w.tensor("router_bias", (num_experts,), torch.float32) if has_bias else None
+        self.top_k = top_k
+        self.scaling = scaling
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[num_tokens, dim] -> experts [num_tokens, top_k] int64 and weights float32."""
         logits = F.linear(x.float(), self._gate)
-        return route_sigmoid(logits, self._bias, self._top_k, self._scaling)
+        return route_sigmoid(logits, self.bias, self.top_k, self.scaling)
 
 
 class FlatExperts:
@@ -84,11 +92,11 @@ class FlatExperts:
             for name in ("gate_proj", "up_proj")
         )
         down = w.flat_experts("down_proj", num_experts, dim, inner, inputs)
-        self._first, last = whole.bounds(num_experts) if whole else (0, num_experts)
-        self._num_local = last - self._first
-        self._limit = limit
-        self._gate_up = _products([gate, up], numerics)
-        self._down = _products([down], numerics)
+        self.first, last = whole.bounds(num_experts) if whole else (0, num_experts)
+        self.num_local = last - self.first
+        self.limit = limit
+        self._gate_up, self.gate_up_codes = _products([gate, up], numerics)
+        self._down, self.down_codes = _products([down], numerics)
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """This rank's share of the sum, [num_tokens, dim] float32.
@@ -96,15 +104,26 @@ class FlatExperts:
         Args:
             experts: [num_tokens, k] int64, of all ranks; `weights`: float32.
         """
-        local = experts - self._first
-        is_mine = (local >= 0) & (local < self._num_local)
+        local = experts - self.first
+        is_mine = (local >= 0) & (local < self.num_local)
         local = torch.where(is_mine, local, -1)
         return run_gated_experts(
-            x, local, weights, self._gate_up, self._down, self._num_local, self._limit
+            x, local, weights, self._gate_up, self._down, self.num_local, self.limit
         )
 
 
-def _products(parts: Sequence[Matrix], numerics: Numerics) -> ExpertProducts:
+@dataclass(frozen=True, slots=True)
+class StackCodes:
+    """FP8 codes [experts, out, in] and scales of 128 x 128 blocks, as kernels multiply them."""
+
+    codes: Tensor
+    scales: Tensor
+    scaling: Scaling | None  # of the inputs
+
+
+def _products(
+    parts: Sequence[Matrix], numerics: Numerics
+) -> tuple[ExpertProducts, StackCodes | None]:
     """Of the stacks one below the other: values on the CPU, codes where there is a kernel.
 
     Each rounds its input as `Linear` does.
@@ -119,11 +138,11 @@ def _products(parts: Sequence[Matrix], numerics: Numerics) -> ExpertProducts:
             rows = x if scaling is None else quantize_rows(x, scaling, static_scale)
             return linear_block_fp8(rows, codes[expert], scales[expert])
 
-        return multiply_codes
+        return multiply_codes, StackCodes(codes, scales.contiguous(), scaling)
     multiply = _decoded_products(parts, numerics.dtype)
     if scaling is None:
-        return multiply
-    return lambda expert, x: multiply(expert, round_trip_rows(x, scaling, static_scale))
+        return multiply, None
+    return lambda expert, x: multiply(expert, round_trip_rows(x, scaling, static_scale)), None
 
 
 def _decoded_products(parts: Sequence[Matrix], dtype: torch.dtype) -> ExpertProducts:
@@ -146,7 +165,11 @@ def _has_kernel(parts: Sequence[Matrix], dtype: torch.dtype) -> bool:
 
 
 class FlatMoE:
-    """Router, routed experts and a shared expert beside them, added once and reduced once."""
+    """Router, routed experts and a shared expert beside them, added once and reduced once.
+
+    Where kernels multiply the experts' codes nothing asks the host; elsewhere the experts are gone
+    through one by one.
+    """
 
     def __init__(
         self, router: SigmoidRouter, experts: FlatExperts, shared: GatedMLP, ranks: Ranks
@@ -159,21 +182,91 @@ class FlatMoE:
         self._experts = experts
         self._shared = shared
         self._ranks = ranks
+        self._is_alone = ranks.ep.size == ranks.tp.size == 1
+        self._has_shared = False
+        self._coded = self._build_coded()
+        # no expert goes by it
+        self._no_ids = torch.zeros(1, dtype=torch.int64, device=router.gate.device)
+
+    @property
+    def captures(self) -> bool:
+        """Whether nothing asks the host."""
+        return self._coded is not None
 
     @property
     def input(self) -> RowInput:
         """How the rows are taken: the router reads them unrounded."""
-        return RowInput()
+        return RowInput() if self._coded is None else RowInput("dynamic", keeps_values=True)
 
     def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         """[num_tokens, dim] -> [num_tokens, dim]."""
+        if self._coded is not None:
+            return self._by_codes(x, self._coded)
         assert isinstance(x, Tensor)
         routed = self._experts(x, *self._router(x))
         shared = self._shared.partial(x).float()
+        return self._summed(routed, shared, x.dtype)
+
+    def _by_codes(self, x: Tensor | QuantizedRows, coded: "CodedExperts") -> Tensor:
+        rows = quantize_rows(x, "dynamic") if isinstance(x, Tensor) else x
+        is_few = coded.takes_few(rows.num_tokens)
+        if is_few:
+            outputs = coded.run_few(rows, self._no_ids, None)
+        else:
+            outputs = coded.run_many(rows, self._no_ids)
+        if is_few and self._has_shared:
+            return outputs.sum(torch.bfloat16)
+        shared = self._shared.partial(rows)
+        if self._is_alone:
+            return outputs.sum(torch.bfloat16, plus=shared)
+        return self._summed(outputs.sum(torch.float32), shared.float(), torch.bfloat16)
+
+    def _summed(self, routed: Tensor, shared: Tensor, dtype: torch.dtype) -> Tensor:
         if self._ranks.ep.size > 1:
             # every rank has the whole shared expert: it counts once
-            return (self._ranks.ep.all_reduce(routed) + shared).to(x.dtype)
-        return self._ranks.tp.reduce(routed + shared).to(x.dtype)
+            return (self._ranks.ep.all_reduce(routed) + shared).to(dtype)
+        return self._ranks.tp.reduce(routed + shared).to(dtype)
+
+    def _build_coded(self) -> "CodedExperts | None":
+        """None: there is no kernel for the experts as they are stored."""
+        router, experts = self._router, self._experts
+        target = target_of(router.gate.device)
+        gate_up, down = experts.gate_up_codes, experts.down_codes
+        if target is None or gate_up is None or down is None:
+            return None
+        is_whole = all(size % FP8_BLOCK == 0 for size in down.codes.shape[1:])
+        if not is_whole or (gate_up.scaling, down.scaling) != ("dynamic", "dynamic"):
+            return None
+        # only where a kernel is launched is Triton needed
+        from scission.kernels.moe.choose_experts import Routing
+        from scission.kernels.moe.coded import CodedExperts, SharedExpert
+        from scission.kernels.moe.grouped_experts import Activation, Fp8Experts
+
+        shared: SharedExpert | None = None
+        both = self._shared.fp8
+        if self._is_alone and both is not None and both[1][0].shape == down.codes.shape[1:]:
+            w13, w2 = (
+                Fp8Experts(codes.unsqueeze(0), scales.unsqueeze(0)) for codes, scales in both
+            )
+            shared = SharedExpert(w13, w2, self._shared.limit)
+        self._has_shared = shared is not None
+        return CodedExperts(
+            Routing(
+                router.gate,
+                router.bias,
+                None,
+                router.top_k,
+                router.scaling,
+                "sigmoid",
+                experts.first,
+                experts.num_local,
+            ),
+            Fp8Experts(gate_up.codes, gate_up.scales),
+            Fp8Experts(down.codes, down.scales),
+            Activation(experts.limit, clamps_first=False, scaling="dynamic"),
+            shared,
+            target,
+        )
 
 
 def shared_axis(ranks: Ranks) -> Axis:

@@ -36,13 +36,24 @@ class GatedMLP:
         gate_up = [w.matrix(name, inner, dim, rows) for name in ("gate_proj", "up_proj")]
         self._gate_up = Linear(gate_up, numerics)
         self._down = Linear([w.matrix("down_proj", dim, inner, columns)], numerics)
-        self._limit = limit
+        self.limit = limit
         self._axis = axis
 
     @property
     def input(self) -> RowInput:
         """How the rows are taken."""
         return input_of(self._gate_up)
+
+    @property
+    def captures(self) -> bool:
+        """Whether nothing asks the host."""
+        return True
+
+    @property
+    def fp8(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """Codes and scales of gate and up, and of down; None: they are not multiplied so."""
+        gate_up, down = self._gate_up.fp8, self._down.fp8
+        return None if gate_up is None or down is None else (gate_up, down)
 
     def __call__(self, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
         """[num_tokens, dim] -> [num_tokens, dim], summed over the ranks."""
@@ -55,5 +66,5 @@ class GatedMLP:
     def _inner(self, x: Tensor | QuantizedRows) -> Tensor | QuantizedRows:
         gate_up, wanted = self._gate_up(x), input_of(self._down)
         if wanted.scaling is None:
-            return silu_mul(gate_up, self._limit)
-        return silu_mul_rows(gate_up, self._limit, wanted.scaling, wanted.static_scale)
+            return silu_mul(gate_up, self.limit)
+        return silu_mul_rows(gate_up, self.limit, wanted.scaling, wanted.static_scale)

@@ -24,6 +24,10 @@ NUM_LAYER_GROUPS = 4
 
 
 class DecoderLayer(Protocol):
+    @property
+    def captures(self) -> bool:
+        """Whether nothing asks the host, given kernels."""
+
     def __call__(
         self, x: Tensor, y: Sums | None, step: Step, state: KeyValues
     ) -> tuple[Tensor, Sums]:
@@ -42,6 +46,10 @@ class Attention(Protocol):
 
 
 class FeedForward(Protocol):
+    @property
+    def captures(self) -> bool:
+        """Whether nothing asks the host."""
+
     @property
     def input(self) -> RowInput:
         """How the rows are taken."""
@@ -67,6 +75,10 @@ class ResidualLayer:
         self._attention = attention
         self._mlp_norm = mlp_norm
         self._mlp = mlp
+
+    @property
+    def captures(self) -> bool:
+        return self._mlp.captures
 
     def __call__(
         self, x: Tensor, y: Sums | None, step: Step, state: KeyValues
@@ -105,7 +117,8 @@ class Decoder:
         self.layout = layout
         # references ask the host for lengths
         has_kernels = target_of(norm.weight.device) is not None
-        self.captures = has_kernels and numerics.dtype == torch.bfloat16
+        is_launched = has_kernels and numerics.dtype == torch.bfloat16
+        self.captures = is_launched and all(layer.captures for layer in layers)
         self.layer_groups = layer_groups(len(layers))
         self._embed = embed
         self._layers = layers
