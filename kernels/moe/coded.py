@@ -115,9 +115,9 @@ class CodedExperts:
         w13, w2, num_local = self._w13, self._w2, routing.num_local
         local = experts - routing.first_expert
         if isinstance(w13, Fp4Experts) and isinstance(w2, Fp4Experts):
-            fp4_tile = many_fp4.pick_tile(w13.out_features, w2.out_features, target)
-            groups = group_rows(local, weights, num_local, fp4_tile.block_m)
-            return many_fp4.run_many(x, groups, w13, w2, self._activation, fp4_tile, target)
+            block_m = many_fp4.tile_of(target).block_m
+            groups = group_rows(local, weights, num_local, block_m)
+            return many_fp4.run_many(x, groups, w13, w2, self._activation, target)
         assert isinstance(w13, Fp8Experts) and isinstance(w2, Fp8Experts)
         tile = grouped_experts.pick_tile(experts.numel(), num_local, target)
         groups = group_rows(local, weights, num_local, tile.block_m)

@@ -123,7 +123,7 @@ def _choices(target: Target) -> Iterator[_Launch]:
 
 def _groups(target: Target) -> Iterator[_Launch]:
     sizes = {tile.block_m for tile in grouped_experts.tiles(target)}
-    sizes |= {tile.block_m for tile in many_fp4.tiles(target)}
+    sizes.add(many_fp4.tile_of(target).block_m)
     for block_m in sorted(sizes):
         for num_experts in (64, 256):
             yield (
@@ -158,12 +158,12 @@ def _products(target: Target) -> Iterator[_Launch]:
         for tile in many if codes == "fp8" else ():
             for by_token in (True, False):
                 yield _product(target, tile, codes, False, None, "*bf16", by_token=by_token)
-    for fp4_tile in many_fp4.tiles(target):
-        for by_token in (True, False):
-            yield _many_fp4(target, fp4_tile, by_token=by_token)
+    for by_token in (True, False):
+        yield _many_fp4(target, by_token=by_token)
 
 
-def _many_fp4(target: Target, tile: many_fp4.Tile, *, by_token: bool) -> _Launch:
+def _many_fp4(target: Target, *, by_token: bool) -> _Launch:
+    tile = many_fp4.tile_of(target)
     ints = {f"{name}_ptr": "*i32" for name in ("scales", "block_experts", "block_rows")}
     return (
         many_fp4.many_fp4_kernel,

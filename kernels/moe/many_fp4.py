@@ -32,20 +32,13 @@ class Tile:
     num_stages: int
 
 
-def tiles(target: Target) -> tuple[Tile, ...]:
-    """Every tile that is launched; the first for outputs in its multiples."""
+def tile_of(target: Target) -> Tile:
+    """The tile that is launched."""
     if target.name != "sm_90":
         # on gfx1201, whose warps have 32 lanes, four of them spill
-        return (Tile(64, 64, 8 if target.warp_size == 32 else 4, target.num_stages(3)),)
-    return Tile(256, 64, 8, 3), Tile(128, 64, 8, 4)
-
-
-def pick_tile(gate_up_features: int, out_features: int, target: Target) -> Tile:
-    return next(
-        tile
-        for tile in tiles(target)
-        if not gate_up_features % tile.block_n and not out_features % tile.block_n
-    )
+        return Tile(64, 64, 8 if target.warp_size == 32 else 4, target.num_stages(3))
+    # two programs a multiprocessor: one decodes while the other one multiplies
+    return Tile(128, 64, 4, 4)
 
 
 def order_inputs(codes: Tensor) -> Tensor:
@@ -134,19 +127,18 @@ def run_many(
     w13: Fp4Experts,
     w2: Fp4Experts,
     activation: Activation,
-    tile: Tile,
     target: Target,
 ) -> ExpertOutputs:
     """Four launches, of any number of rows: whole sums in bfloat16.
 
     Args:
         x: [num_tokens, dim], quantised.
-        groups: in blocks of tile.block_m rows.
+        groups: in blocks of `tile_of(target).block_m` rows.
         w13: outputs 2 * inner, gate then up.
     """
-    gate_up = _multiply(order_inputs(x.codes), x.scales, groups, w13, tile, target, by_token=True)
+    gate_up = _multiply(order_inputs(x.codes), x.scales, groups, w13, target, by_token=True)
     inner = activate_rows(gate_up, groups, activation, is_ordered=True)
-    out = _multiply(inner.codes, inner.scales, groups, w2, tile, target, by_token=False)
+    out = _multiply(inner.codes, inner.scales, groups, w2, target, by_token=False)
     return ExpertOutputs(out.unsqueeze(0), groups.row_of)
 
 
@@ -155,12 +147,12 @@ def _multiply(
     x_scales: Tensor,
     groups: RowGroups,
     w: Fp4Experts,
-    tile: Tile,
     target: Target,
     *,
     by_token: bool,
 ) -> Tensor:
     """[num_pairs, out] bfloat16."""
+    tile = tile_of(target)
     out = torch.empty(groups.num_pairs, w.out_features, dtype=torch.bfloat16, device=x.device)
     many_fp4_kernel[(groups.num_blocks, w.out_features // tile.block_n)](
         x,
