@@ -37,7 +37,8 @@ def linear_block_fp8(x: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor)
     # rows lie side by side: [num_padded, in / 128], strides 1 and num_padded
     row_scales = torch.empty(in_features // FP8_BLOCK, num_padded, device=x.device).mT
     row_scales[:num_rows] = x_scales
-    scales = pad(scales, (0, -scales.shape[1] % _SCALE_UNIT))
+    if scales.shape[1] % _SCALE_UNIT:
+        scales = pad(scales, (0, -scales.shape[1] % _SCALE_UNIT))
     out = scaled_mm(
         x,
         codes.mT,
