@@ -67,10 +67,17 @@ class SequenceSampling:
 
     @property
     def needs_host(self) -> bool:
-        """The next draw looks at more than its own row: what only the host keeps."""
-        return bool(
-            self.bias or self.params.allowed_token_ids or self.has_penalties or self.is_held_back
-        )
+        """The next draw cannot be a captured graph's: it takes what only the host has, or raw
+        logits that penalties would change.
+        """
+        penalises_raw = self.has_penalties and self.params.logprobs is not None
+        has_own_tokens = bool(self.bias or self.params.allowed_token_ids)
+        return has_own_tokens or penalises_raw or self.is_held_back
+
+    @property
+    def has_device_penalties(self) -> bool:
+        """Penalties are part of the captured graph's draw."""
+        return self.has_penalties and not self.needs_host
 
     @property
     def is_held_back(self) -> bool:

@@ -87,7 +87,13 @@ class CapturedSteps(Generic[S]):
     """See the module. On a CPU the same steps run without graphs: for tests."""
 
     def __init__(
-        self, runner: Runner, sizes: Sequence[int], max_context: int, *, depth: int = 1
+        self,
+        runner: Runner,
+        sizes: Sequence[int],
+        max_context: int,
+        vocab_size: int,
+        *,
+        depth: int = 1,
     ) -> None:
         """Batches are padded to one of `sizes`, ascending; their sequences have up to
         `max_context` tokens. `capture` makes the graphs.
@@ -96,7 +102,7 @@ class CapturedSteps(Generic[S]):
         self._runner = runner
         self._device = runner.storage.device
         block_size = runner.storage.layout.block_size
-        self._rows = RunningRows(sizes, max_context, block_size, self._device)
+        self._rows = RunningRows(sizes, max_context, block_size, vocab_size, self._device)
         self._graphs: dict[tuple[int, bool], _Graph] = {}  # by size and whether all are greedy
         self._seats: Seats[S] = Seats(sizes)
         self._num_blocks: dict[S, int] = {}  # that the device knows
@@ -154,7 +160,7 @@ class CapturedSteps(Generic[S]):
         rows = {p.sequence: self._seats.rows[p.sequence] for p in drawing}
         by_host = {s: row for s, row in rows.items() if s.sampling.needs_host}
         by_device = {s: row for s, row in rows.items() if s not in by_host}
-        is_greedy = all(s.sampling.is_greedy for s in rows)
+        is_greedy = all(s.sampling.is_greedy and not s.sampling.has_device_penalties for s in rows)
         logits = self._replay(is_greedy) if drawing else None
         step = ReplayedStep(
             [p.sequence for p in planned],
@@ -187,8 +193,12 @@ class CapturedSteps(Generic[S]):
             row = self._seats.rows[s]
             if s in seating.joined or s in self._fed_by_host:
                 token = s.pending[-1]
+                if s.sampling.has_device_penalties:
+                    self._rows.write_seen(row, s.sampling)
             elif s in seating.moved:
                 token = -1 - seating.moved[s]
+                if s.sampling.has_device_penalties:
+                    self._rows.move_seen(seating.moved[s], row)
             elif self._num_blocks[s] != len(s.block_ids):
                 token = -1 - row
             else:

@@ -11,7 +11,7 @@ from scission.common.model.batch import ForwardBatch, send
 from scission.common.sampling import SequenceSampling
 from scission.kernels.decode_rows import new_rows, write_rows_
 from scission.kernels.places import Places
-from scission.kernels.sampling import NextTokens
+from scission.kernels.sampling import OF_PROMPT, NextTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,16 @@ class RunningRows:
     """Memory of a fixed place for all batches: one of n rows is the first n of it."""
 
     def __init__(
-        self, sizes: Sequence[int], max_context: int, block_size: int, device: torch.device
+        self,
+        sizes: Sequence[int],
+        max_context: int,
+        block_size: int,
+        vocab_size: int,
+        device: torch.device,
     ) -> None:
         """`sizes`: how many rows a batch may have, ascending."""
         self._device = device
-        self._rows = new_rows(sizes[-1], -(-max_context // block_size), device)
+        self._rows = new_rows(sizes[-1], -(-max_context // block_size), vocab_size, device)
         self.next_tokens = {size: self._next_tokens(size) for size in sizes}
         # each a token a row; without lengths on the host, as those change
         self.batches = {size: self._batch(size, max_context, block_size) for size in sizes}
@@ -90,14 +95,31 @@ class RunningRows:
             *send((np.array(lines, np.int64), np.array(block_ids, np.int64)), self._device),
         )
 
+    def write_seen(self, row: int, sampling: SequenceSampling) -> None:
+        """Tell a row with penalties which tokens it has seen, as the host knows them."""
+        token_ids, counts = sampling.seen
+        seen = self._rows.next_tokens.seen[row]
+        seen.zero_()
+        if len(token_ids):
+            ids, times = send((token_ids, counts.astype(np.int32) + OF_PROMPT), self._device)
+            seen.index_copy_(0, ids, times)
+
+    def move_seen(self, source: int, row: int) -> None:
+        """Give a row what another one has seen."""
+        seen = self._rows.next_tokens.seen
+        seen[row].copy_(seen[source])
+
 
 def _line(change: RowChange, first_block: int) -> list[int]:
     """In the order of CHANGE_FIELDS."""
     sampling = change.sampling
     place = [change.row, change.token, change.position, change.slot, first_block]
     if sampling is None:
-        return [*place, 0, 0, 0, 0, 0, *_bits(0, 1, 0)]
+        return [*place, 0, 0, 0, 0, 0, *_bits(0, 1, 0, 0, 0, 1)]
     params = sampling.params
+    penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+    if not sampling.has_device_penalties:
+        penalties = (0.0, 0.0, 1.0)
     return [
         *place,
         len(change.block_ids),
@@ -105,7 +127,7 @@ def _line(change: RowChange, first_block: int) -> list[int]:
         sampling.choice,
         change.count,
         params.top_k,
-        *_bits(params.temperature, params.top_p, params.min_p),
+        *_bits(params.temperature, params.top_p, params.min_p, *penalties),
     ]
 
 

@@ -27,7 +27,9 @@ DRAWS = 10  # in a graph
 REPLAYS = 20
 
 
-def rows_of(count: int, temperature: float, top_k: int, top_p: float) -> NextTokens:
+def rows_of(
+    count: int, vocab_size: int, temperature: float, top_k: int, top_p: float
+) -> NextTokens:
     positions = torch.arange(count, device="cuda") + 100
     zeros = torch.zeros_like(positions)
     return NextTokens(
@@ -42,6 +44,10 @@ def rows_of(count: int, temperature: float, top_k: int, top_p: float) -> NextTok
         top_k=zeros + top_k,
         top_p=torch.full((count,), top_p, device="cuda"),
         min_p=torch.zeros(count, device="cuda"),
+        presence=torch.zeros(count, device="cuda"),
+        frequency=torch.zeros(count, device="cuda"),
+        repetition=torch.ones(count, device="cuda"),
+        seen=torch.zeros(count, vocab_size, dtype=torch.int32, device="cuda"),
     )
 
 
@@ -76,7 +82,7 @@ def main() -> None:
         results[kind] = {}
         for count in (1, 8, 32, 128):
             logits = torch.randn(count, arguments.vocab, device="cuda") * spread
-            rows = rows_of(count, temperature, top_k, top_p)
+            rows = rows_of(count, arguments.vocab, temperature, top_k, top_p)
             time_us = microseconds(logits, rows, is_greedy=temperature == 0)
             results[kind][count] = time_us
             sys.stdout.write(f"{kind}, {count} rows: {time_us:.1f} us\n")

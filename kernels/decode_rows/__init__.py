@@ -11,7 +11,7 @@ from scission.kernels.target import target_of
 
 __all__ = ["CHANGE_FIELDS", "DecodeRows", "new_rows", "write_rows_"]
 
-# Of one changed row, in this order; the last three are float32 bits. A token of -1 - r is that of
+# Of one changed row, in this order; the last six are float32 bits. A token of -1 - r is that of
 # row r as the device has it. `first_block` and `num_blocks` say which block ids are the row's.
 CHANGE_FIELDS = (
     "row",
@@ -27,6 +27,9 @@ CHANGE_FIELDS = (
     "temperature",
     "top_p",
     "min_p",
+    "presence",
+    "frequency",
+    "repetition",
 )
 
 
@@ -39,7 +42,7 @@ class DecodeRows:
     block_tables: Tensor  # [rows, max_blocks] int64
 
 
-def new_rows(num_rows: int, max_blocks: int, device: torch.device) -> DecodeRows:
+def new_rows(num_rows: int, max_blocks: int, vocab_size: int, device: torch.device) -> DecodeRows:
     """Rows that are all padding."""
 
     def column(value: float, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -58,6 +61,10 @@ def new_rows(num_rows: int, max_blocks: int, device: torch.device) -> DecodeRows
             top_k=column(0),
             top_p=column(1, torch.float32),
             min_p=column(0, torch.float32),
+            presence=column(0, torch.float32),
+            frequency=column(0, torch.float32),
+            repetition=column(1, torch.float32),
+            seen=torch.zeros(num_rows, vocab_size, dtype=torch.int32, device=device),
         ),
         slots=column(0),
         block_tables=torch.zeros(num_rows, max_blocks, dtype=torch.int64, device=device),
@@ -66,6 +73,8 @@ def new_rows(num_rows: int, max_blocks: int, device: torch.device) -> DecodeRows
 
 def write_rows_(rows: DecodeRows, changes: Tensor, block_ids: Tensor) -> None:
     """Make some rows other sequences, or padding, or give them new blocks. One launch.
+
+    What rows with penalties have seen is left to the caller.
 
     Args:
         changes: [num_changes, len(CHANGE_FIELDS)] int64. A row that another one takes its token

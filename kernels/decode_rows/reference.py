@@ -20,7 +20,8 @@ def write_rows_(rows: "DecodeRows", changes: Tensor, block_ids: Tensor) -> None:
     to.context_lens[row] = (position + 1).int()
     to.writer_ends[row] = position + 1
     to.seeds[row], to.choices[row], to.counts[row], to.top_k[row] = seed, choice, num_drawn, top_k
-    to.temperatures[row], to.top_p[row], to.min_p[row] = floats
+    to.temperatures[row], to.top_p[row], to.min_p[row] = floats[:3]
+    to.presence[row], to.frequency[row], to.repetition[row] = floats[3:]
     rows.slots[row] = slot
     for r, start, length in zip(row.tolist(), first.tolist(), count.tolist(), strict=True):
         rows.block_tables[r] = 0

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 BLOCK = 512
 NUM_WARPS = 4
-_NUM_FIELDS = tl.constexpr(13)
+_NUM_FIELDS = tl.constexpr(16)
 
 
 @triton.jit
@@ -35,6 +35,9 @@ def write_rows_kernel(
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
+    presence_ptr,
+    frequency_ptr,
+    repetition_ptr,
     slots_ptr,
     block_tables_ptr,
     # sizes, meta-parameters
@@ -62,6 +65,9 @@ def write_rows_kernel(
     tl.store(temperatures_ptr + row, _float_of(tl.load(change_ptr + 10)))
     tl.store(top_p_ptr + row, _float_of(tl.load(change_ptr + 11)))
     tl.store(min_p_ptr + row, _float_of(tl.load(change_ptr + 12)))
+    tl.store(presence_ptr + row, _float_of(tl.load(change_ptr + 13)))
+    tl.store(frequency_ptr + row, _float_of(tl.load(change_ptr + 14)))
+    tl.store(repetition_ptr + row, _float_of(tl.load(change_ptr + 15)))
     ids_ptr = block_ids_ptr + tl.load(change_ptr + 4)
     num_blocks = tl.load(change_ptr + 5)
     for start in range(0, max_blocks, BLOCK):
@@ -87,6 +93,9 @@ def write_rows(rows: "DecodeRows", changes: Tensor, block_ids: Tensor) -> None:
         to.top_k,
         to.top_p,
         to.min_p,
+        to.presence,
+        to.frequency,
+        to.repetition,
         rows.slots,
         rows.block_tables,
         rows.block_tables.shape[1],

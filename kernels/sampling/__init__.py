@@ -9,6 +9,7 @@ from torch import Tensor
 from scission.kernels.sampling import reference
 from scission.kernels.sampling.reference import (
     MIN_TEMPERATURE,
+    OF_PROMPT,
     Allowed,
     Bias,
     Draws,
@@ -20,6 +21,7 @@ from scission.kernels.target import target_of
 
 __all__ = [
     "MIN_TEMPERATURE",
+    "OF_PROMPT",
     "Allowed",
     "Bias",
     "Draws",
@@ -81,10 +83,11 @@ def draw_next_(logits: Tensor, rows: NextTokens, *, is_greedy: bool = False) -> 
     shape of the logits alone.
 
     Args:
-        logits: [rows, vocab] float32, of the tokens that `rows` holds.
+        logits: [rows, vocab] float32, of the tokens that `rows` holds; those of rows with penalties
+            are changed.
         rows: token_ids become the drawn ones; positions, context_lens, writer_ends and counts grow
-            by one.
-        is_greedy: all temperatures are 0: less is launched.
+            by one, and so does what rows with penalties have seen of their token.
+        is_greedy: all temperatures are 0, and no row has penalties: less is launched.
     """
     _check(logits)
     if rows.positions.shape != (logits.shape[0],):

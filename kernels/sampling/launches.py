@@ -11,6 +11,14 @@ def launches() -> Iterator[tuple[Any, Mapping[str, str], Mapping[str, Any], int]
     sizes = {"vocab_size": "i32:16", "part_size": "i32:16", "stride_logits_row": "i32:16"}
     constants = {"BLOCK": next_tokens.BLOCK, "MAX_PARTS": likely.MAX_PARTS}
     rows = {"logits_ptr": "*fp32", "positions_ptr": "*i64"}
+    penalties = {f"{name}_ptr": "*fp32" for name in ("presence", "frequency", "repetition")}
+    penalties |= {"seen_ptr": "*i32"}
+    yield (
+        next_tokens.penalise_kernel,
+        rows | penalties | sizes | {"stride_seen_row": "i32:16"},
+        {"BLOCK": next_tokens.BLOCK},
+        next_tokens.NUM_WARPS,
+    )
     yield (
         next_tokens.best_parts_kernel,
         rows
@@ -69,8 +77,9 @@ def launches() -> Iterator[tuple[Any, Mapping[str, str], Mapping[str, Any], int]
         next_tokens.feed_back_kernel,
         {"bests_ptr": "*fp32", "part_tokens_ptr": "*i32", "temperatures_ptr": "*fp32"}
         | {"tokens_ptr": "*i64", "positions_ptr": "*i64", "context_lens_ptr": "*i32"}
-        | {"writer_ends_ptr": "*i64", "counts_ptr": "*i64", "vocab_size": "i32:16"}
-        | {"num_parts": "i32"},
+        | {"writer_ends_ptr": "*i64", "counts_ptr": "*i64"}
+        | penalties
+        | {"vocab_size": "i32:16", "num_parts": "i32", "stride_seen_row": "i32:16"},
         {"MAX_PARTS": likely.MAX_PARTS},
         next_tokens.FEED_WARPS,
     )

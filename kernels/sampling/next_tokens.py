@@ -20,7 +20,7 @@ from scission.kernels.sampling.likely import (
     load_scaled,
     ordered_keys,
 )
-from scission.kernels.sampling.reference import MIN_TEMPERATURE, NextTokens
+from scission.kernels.sampling.reference import MIN_TEMPERATURE, OF_PROMPT, NextTokens
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -30,6 +30,7 @@ _WANTED_PROGRAMS = 2048
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 _MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
+_OF_PROMPT = tl.constexpr(OF_PROMPT)
 # more than single precision can be wrong by, in noise of up to 23
 _DOUBT = tl.constexpr(1e-3)
 _UNIT = tl.constexpr(2.0**-32)
@@ -38,6 +39,51 @@ _UNIT = tl.constexpr(2.0**-32)
 def num_parts(num_rows: int, vocab_size: int) -> int:
     """Of every row's vocabulary."""
     return min(MAX_PARTS, -(-_WANTED_PROGRAMS // num_rows), -(-vocab_size // BLOCK))
+
+
+@triton.jit
+def _is_penalised(presence_ptr, frequency_ptr, repetition_ptr, row):
+    has_counts = (tl.load(presence_ptr + row) != 0.0) | (tl.load(frequency_ptr + row) != 0.0)
+    return has_counts | (tl.load(repetition_ptr + row) != 1.0)
+
+
+@triton.jit
+def penalise_kernel(
+    # tensors
+    logits_ptr,
+    positions_ptr,
+    presence_ptr,
+    frequency_ptr,
+    repetition_ptr,
+    seen_ptr,
+    # sizes, strides in elements, meta-parameters
+    vocab_size,
+    part_size,
+    stride_logits_row,
+    stride_seen_row,
+    BLOCK: tl.constexpr,
+):
+    """One program, one part of a row: the logits of tokens that it has seen are changed."""
+    row = tl.program_id(0).to(tl.int64)
+    is_penalised = _is_penalised(presence_ptr, frequency_ptr, repetition_ptr, row)
+    if (is_penalised & (tl.load(positions_ptr + row) >= 0)) == 0:
+        return
+    presence = tl.load(presence_ptr + row)
+    frequency = tl.load(frequency_ptr + row)
+    repetition = tl.load(repetition_ptr + row)
+    first = tl.program_id(1) * part_size
+    end = tl.minimum(first + part_size, vocab_size)
+    for start in range(first, end, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        seen = tl.load(seen_ptr + row * stride_seen_row + offs, mask=offs < end, other=0)
+        if tl.max(seen, axis=0) > 0:
+            mask = seen > 0
+            logits = tl.load(logits_ptr + row * stride_logits_row + offs, mask=mask, other=0.0)
+            counts = (seen % _OF_PROMPT).to(tl.float32)
+            smaller = tl.div_rn(logits, tl.zeros_like(logits) + repetition)
+            values = tl.where(logits > 0, smaller, logits * repetition)
+            values -= frequency * counts + tl.where(counts > 0, presence, 0.0)
+            tl.store(logits_ptr + row * stride_logits_row + offs, values, mask=mask)
 
 
 @triton.jit
@@ -243,9 +289,14 @@ def feed_back_kernel(
     context_lens_ptr,
     writer_ends_ptr,
     counts_ptr,
-    # sizes, meta-parameters
+    presence_ptr,
+    frequency_ptr,
+    repetition_ptr,
+    seen_ptr,
+    # sizes, strides in elements, meta-parameters
     vocab_size,
     num_parts,
+    stride_seen_row,
     MAX_PARTS: tl.constexpr,
 ):
     """One program, one row: the best of its parts becomes its token, and it stands one further."""
@@ -269,10 +320,13 @@ def feed_back_kernel(
     tl.store(context_lens_ptr + row, (position + 2).to(tl.int32))
     tl.store(writer_ends_ptr + row, position + 2)
     tl.store(counts_ptr + row, tl.load(counts_ptr + row) + 1)
+    if _is_penalised(presence_ptr, frequency_ptr, repetition_ptr, row):
+        times_ptr = seen_ptr + row * stride_seen_row + token
+        tl.store(times_ptr, tl.load(times_ptr) + 1)
 
 
 def draw_next(logits: Tensor, rows: NextTokens, *, is_greedy: bool) -> None:
-    """See the package's function of the same name: two launches for greedy rows, else eight."""
+    """See the package's function of the same name: two launches for greedy rows, else nine."""
     num_rows, vocab_size = logits.shape
     device = logits.device
     parts = num_parts(num_rows, vocab_size)
@@ -284,6 +338,21 @@ def draw_next(logits: Tensor, rows: NextTokens, *, is_greedy: bool) -> None:
     masses = torch.empty(num_rows, NUM_BINS, dtype=torch.int64, device=device)
     grid = (num_rows, parts)
     sizes = (vocab_size, part_size, logits.stride(0))
+    if not is_greedy:
+        penalise_kernel[grid](
+            logits,
+            rows.positions,
+            rows.presence,
+            rows.frequency,
+            rows.repetition,
+            rows.seen,
+            *sizes,
+            rows.seen.stride(0),
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            # products are rounded before they are added, as everywhere else
+            enable_fp_fusion=False,
+        )
     best_parts_kernel[grid](
         logits,
         rows.positions,
@@ -325,8 +394,13 @@ def draw_next(logits: Tensor, rows: NextTokens, *, is_greedy: bool) -> None:
         rows.context_lens,
         rows.writer_ends,
         rows.counts,
+        rows.presence,
+        rows.frequency,
+        rows.repetition,
+        rows.seen,
         vocab_size,
         parts,
+        rows.seen.stride(0),
         MAX_PARTS=MAX_PARTS,
         num_warps=FEED_WARPS,
     )

@@ -20,6 +20,7 @@ _LOW_32 = 0xFFFFFFFF
 MIN_TEMPERATURE = 1e-5  # a lower one is greedy
 # top-p's unit of probability: sums over any vocabulary stay whole numbers that float64 holds
 MASS_OF_THE_LARGEST = 2.0**32
+OF_PROMPT = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,12 @@ class NextTokens:
     top_k: Tensor  # [rows] int64; 0 is off
     top_p: Tensor  # [rows] float32; 1 is off
     min_p: Tensor  # [rows] float32; 0 is off
+    presence: Tensor  # [rows] float32; 0 is off
+    frequency: Tensor  # [rows] float32; 0 is off
+    repetition: Tensor  # [rows] float32; 1 is off
+    # [rows, vocab] int32, of rows with penalties: how often each token was generated, and
+    # OF_PROMPT more where the prompt has it
+    seen: Tensor
 
 
 def philox(counters: tuple[Tensor, Tensor, Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> Tensor:
@@ -230,12 +237,26 @@ def token_logprobs(
     return own, ranks, top_ids, logprobs.gather(1, top_ids)
 
 
+def penalise_(logits: Tensor, rows: NextTokens) -> Tensor:
+    """Change the logits of tokens that rows with penalties have seen; [rows] which have any."""
+    has_penalties = (rows.presence != 0) | (rows.frequency != 0) | (rows.repetition != 1)
+    is_penalised = has_penalties & (rows.positions >= 0)
+    counts = (rows.seen % OF_PROMPT).float()
+    repetition = rows.repetition[:, None]
+    values = torch.where(logits > 0, logits / repetition, logits * repetition)
+    values -= rows.frequency[:, None] * counts + rows.presence[:, None] * (counts > 0)
+    logits.copy_(torch.where(is_penalised[:, None] & (rows.seen != 0), values, logits))
+    return is_penalised
+
+
 def draw_next_(logits: Tensor, rows: NextTokens) -> None:
     """Draw every row's next token and feed it back; see the public function of the same name."""
+    is_penalised = penalise_(logits, rows)
     random = Random(rows.temperatures, rows.seeds, rows.choices, rows.counts)
     drawn = sample(logits, Draws(random, rows.top_k, rows.top_p, rows.min_p))
     is_live = rows.positions >= 0
     rows.token_ids.copy_(torch.where(is_live, drawn, rows.token_ids))
+    rows.seen.scatter_add_(1, drawn[:, None], is_penalised[:, None].int())
     for tensor in (rows.positions, rows.counts):
         tensor.add_(is_live)
     for ends in (rows.context_lens, rows.writer_ends):

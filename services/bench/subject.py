@@ -131,7 +131,7 @@ class Sequences:
         self._steps: Steps[DecodeSequence] = ChunkedSteps(self._runner)
         if is_captured:
             captured = CapturedSteps[DecodeSequence](
-                self._runner, (count,), subject.loaded.max_model_len
+                self._runner, (count,), subject.loaded.max_model_len, self._vocab_size
             )
             captured.capture()
             self._steps = captured

@@ -67,7 +67,8 @@ def build_engine(config: DecodeConfig, context: EngineContext) -> DecodeEngine:
     if config.scheduler.cuda_graphs and device.type == "cuda" and loaded.model.captures:
         room = (size.num_blocks - NUM_SCRATCH) * config.cache.block_size
         max_context = min(facts.max_model_len, room)
-        steps = CapturedSteps(runner, bucket_sizes(config.scheduler.max_num_seqs), max_context)
+        sizes = bucket_sizes(config.scheduler.max_num_seqs)
+        steps = CapturedSteps(runner, sizes, max_context, loaded.vocab_size)
         meters.engine.start_up("capture").set(capture_graphs(steps))
 
     receiver = Receiver(

@@ -15,6 +15,7 @@ NUM_ROWS, MAX_BLOCKS = 6, 700
 def change(**given: float) -> list[int]:
     """A changed row; floats as their bits."""
     values = dict.fromkeys(CHANGE_FIELDS, 0) | {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0}
+    values |= {"presence": 0.0, "frequency": 0.0, "repetition": 1.0}
     return [
         int(np.float32(value).view(np.int32)) if isinstance(value, float) else int(value)
         for value in (values | given).values()
@@ -38,12 +39,21 @@ def test_changes_are_the_references(kernel_device: torch.device) -> None:
         [
             change(row=2, token=-5, position=12, slot=3, num_blocks=2, choice=1, count=9),
             change(row=4, token=-5, position=-1),
-            change(row=0, token=-1, position=1, slot=1, num_blocks=601, top_k=3, min_p=0.25),
+            change(
+                row=0,
+                token=-1,
+                position=1,
+                slot=1,
+                num_blocks=601,
+                top_k=3,
+                min_p=0.25,
+                repetition=1.5,
+            ),
         ],
     ]
     block_ids = torch.arange(1, 702, device=kernel_device)
-    rows = new_rows(NUM_ROWS, MAX_BLOCKS, kernel_device)
-    expected = new_rows(NUM_ROWS, MAX_BLOCKS, kernel_device)
+    rows = new_rows(NUM_ROWS, MAX_BLOCKS, 9, kernel_device)
+    expected = new_rows(NUM_ROWS, MAX_BLOCKS, 9, kernel_device)
     for step in steps:
         changes = torch.tensor(step, device=kernel_device)
         write_rows(rows, changes, block_ids)
@@ -59,6 +69,6 @@ def test_changes_are_the_references(kernel_device: torch.device) -> None:
 def test_changes_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     from scission.kernels.decode_rows import write_rows_
 
-    rows = new_rows(2, 2, torch.device("cpu"))
+    rows = new_rows(2, 2, 9, torch.device("cpu"))
     with pytest.raises(ValueError, match="changes must be"):
         write_rows_(rows, torch.zeros(shape, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))

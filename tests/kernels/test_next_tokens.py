@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from scission.kernels.sampling import NextTokens, reference
+from scission.kernels.sampling import OF_PROMPT, NextTokens, reference
 
 VOCAB = 5003
 
 
-def rows_of(count: int, device: torch.device, **given: list[float]) -> NextTokens:
+def rows_of(
+    count: int, device: torch.device, vocab: int = VOCAB, **given: list[float]
+) -> NextTokens:
     """Greedy rows that stand at different positions, where nothing else is given."""
     positions = torch.arange(count) * 7 + 3
     columns = {
@@ -26,6 +28,10 @@ def rows_of(count: int, device: torch.device, **given: list[float]) -> NextToken
         "top_k": torch.zeros(count, dtype=torch.int64),
         "top_p": torch.ones(count),
         "min_p": torch.zeros(count),
+        "presence": torch.zeros(count),
+        "frequency": torch.zeros(count),
+        "repetition": torch.ones(count),
+        "seen": torch.zeros(count, vocab, dtype=torch.int32),
     }
     columns |= {
         name: torch.tensor(values, dtype=columns[name].dtype) for name, values in given.items()
@@ -42,8 +48,12 @@ def check(logits: Tensor, rows: NextTokens) -> None:
     from scission.kernels.sampling.next_tokens import draw_next
 
     expected = copy_of(rows)
-    reference.draw_next_(logits, expected)
-    draw_next(logits, rows, is_greedy=not bool(rows.temperatures.any()))
+    changed = logits.clone()
+    reference.draw_next_(changed, expected)
+    is_penalised = (rows.presence != 0) | (rows.frequency != 0) | (rows.repetition != 1)
+    is_greedy = not bool((rows.temperatures > 0).any() or is_penalised.any())
+    draw_next(logits, rows, is_greedy=is_greedy)
+    assert torch.equal(logits, changed)
     for field in fields(rows):
         assert torch.equal(getattr(rows, field.name), getattr(expected, field.name)), field.name
 
@@ -94,7 +104,8 @@ def test_equal_logits_are_cut_in_order_of_ids(
 ) -> None:
     logits = torch.zeros(3, 997, device=kernel_device)
     logits[2, 500:] = -0.0
-    check(logits, rows_of(3, kernel_device, temperatures=[1.0, 1.0, 1.0], **cut))
+    rows = rows_of(3, kernel_device, 997, temperatures=[1.0, 1.0, 1.0], **cut)
+    check(logits, rows)
 
 
 @pytest.mark.parametrize("cut", [{"top_k": [9000, 30]}, {"top_p": [0.9, 0.3]}], ids=str)
@@ -106,12 +117,37 @@ def test_likely_tokens_need_not_fit_the_list(
 
     monkeypatch.setattr(likely, "MAX_LISTED", 64)
     logits = random_logits(2, 12000, kernel_device, spread=0.01)
-    check(logits, rows_of(2, kernel_device, temperatures=[1.0, 1.0], **cut))
+    check(logits, rows_of(2, kernel_device, 12000, temperatures=[1.0, 1.0], **cut))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.usefixtures("poisoned")
+def test_penalties_look_at_what_a_row_has_seen(
+    temperature: float, kernel_device: torch.device
+) -> None:
+    rows = rows_of(
+        4,
+        kernel_device,
+        700,
+        positions=[3, 5, -1, 8],
+        temperatures=[temperature] * 4,
+        presence=[0.7, 0.0, 0.5, 0.0],
+        frequency=[0.3, 0.0, 0.5, 0.0],
+        repetition=[1.0, 1.3, 1.5, 1.0],
+    )
+    generator = torch.Generator().manual_seed(5)
+    seen = torch.randint(0, 4, (4, 700), generator=generator, dtype=torch.int32)
+    seen[:, ::5] += OF_PROMPT
+    rows.seen.copy_(seen)
+    for step in range(3):
+        check(random_logits(4, 700, kernel_device) + step - 1, rows)
+    # one more of each token that was drawn, of penalised rows alone
+    assert (rows.seen.cpu() - seen).sum(-1).tolist() == [3, 3, 0, 0]
 
 
 @pytest.mark.usefixtures("poisoned")
 def test_rows_draw_on_from_where_they_stand(kernel_device: torch.device) -> None:
-    rows = rows_of(2, kernel_device, temperatures=[1.0, 1.0], top_p=[0.9, 1.0])
+    rows = rows_of(2, kernel_device, 700, temperatures=[1.0, 1.0], top_p=[0.9, 1.0])
     drawn = []
     for step in range(4):
         check(random_logits(2, 700, kernel_device) + step, rows)
@@ -125,7 +161,7 @@ def test_logits_that_are_no_numbers_give_a_token_of_the_vocabulary(
 ) -> None:
     from scission.kernels.sampling.next_tokens import draw_next
 
-    rows = rows_of(2, kernel_device, temperatures=[0.0, 1.0])
+    rows = rows_of(2, kernel_device, 100, temperatures=[0.0, 1.0])
     nothing = torch.full((2, 100), float("nan"), device=kernel_device)
     draw_next(nothing, rows, is_greedy=False)
     assert all(0 <= token < 100 for token in rows.token_ids.tolist())
@@ -140,10 +176,15 @@ def test_vocabularies_of_models_draw_the_references_tokens(count: int, vocab: in
     rows = rows_of(
         count,
         device,
+        vocab,
         temperatures=[(i % 4) / 2 for i in range(count)],
         top_k=[(0, 50, 0)[i % 3] for i in range(count)],
         top_p=[(0.95, 1.0)[i % 2] for i in range(count)],
         min_p=[(0.0, 0.0, 0.0, 0.0, 0.05)[i % 5] for i in range(count)],
+        frequency=[(0.3, 0.0)[i % 2] for i in range(count)],
+        repetition=[(1.3, 1.0, 1.0)[i % 3] for i in range(count)],
     )
+    rows.seen[:, ::3] = OF_PROMPT
+    rows.seen[:, ::7] += 3
     check(logits, rows)
     check(logits.neg(), replace(rows))

@@ -85,7 +85,8 @@ def runner_of(loaded: LoadedModel, device: torch.device) -> Runner:
 
 
 def captured_steps(loaded: LoadedModel, runner: Runner) -> CapturedSteps[DecodeSequence]:
-    return CapturedSteps(runner, (1, 2, 4), BLOCKS_EACH * loaded.layout.block_size)
+    max_context = BLOCKS_EACH * loaded.layout.block_size
+    return CapturedSteps(runner, (1, 2, 4), max_context, loaded.vocab_size)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

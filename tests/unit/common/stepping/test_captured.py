@@ -21,7 +21,7 @@ from scission.common.stepping.sequences import (
     append,
 )
 from scission.common.types import SamplingParams, TokenLogprobs
-from tests.unit.common.stepping.placed_model import BLOCK, LAYOUT, WINDOW, PlacedModel
+from tests.unit.common.stepping.placed_model import BLOCK, LAYOUT, VOCAB, WINDOW, PlacedModel
 
 MAX_ROWS = 9
 MAX_CONTEXT = 64
@@ -47,7 +47,7 @@ class Script:
         self.steps: Steps[DecodeSequence] = ChunkedSteps(runner)
         if is_captured:
             captured: CapturedSteps[DecodeSequence] = CapturedSteps(
-                runner, bucket_sizes(MAX_ROWS), MAX_CONTEXT, depth=depth
+                runner, bucket_sizes(MAX_ROWS), MAX_CONTEXT, VOCAB, depth=depth
             )
             captured.capture()
             self.steps = captured
@@ -110,16 +110,24 @@ def play(script: Script) -> list[list[Token]]:
         script.step()
     script.join(3, [1], logprobs=4)
     penalised = script.join(4, [2], temperature=1.0, repetition_penalty=1.3)
+    moving = script.join(8, [4], temperature=1.0, frequency_penalty=0.6, min_tokens=3)
     for _ in range(3):
         script.step()
     script.leave(greedy)
     script.step()
     script.leave(penalised)
-    crowd = [script.join(5 + i, [20 + i], temperature=0.5 * i, min_p=0.02) for i in range(4)]
+    script.join(4, [3], temperature=0.8, frequency_penalty=0.4, presence_penalty=0.2, logprobs=1)
+    crowd = [script.join(5 + i, [20 + i], temperature=0.5 * i, min_p=0.02) for i in range(3)]
     for _ in range(12):
         script.step()
     for sequence in crowd:
         script.leave(sequence)
+    for _ in range(4):
+        script.step()
+    for sequence in list(script.running):
+        if sequence is not moving:
+            script.leave(sequence)
+            script.step()
     for _ in range(4):
         script.step()
     script.settle()

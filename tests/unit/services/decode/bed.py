@@ -267,7 +267,7 @@ class Bed:
         runner = Runner(self.model, self.storage)
         steps: CapturedSteps[RunningSequence] | None = None
         if is_captured:
-            steps = CapturedSteps(runner, bucket_sizes(num_slots), max_model_len)
+            steps = CapturedSteps(runner, bucket_sizes(num_slots), max_model_len, VOCAB)
         self.engine = DecodeEngine(
             runner,
             ModelFacts(VOCAB, max_model_len, frozenset({EOS}), {}),
