@@ -185,7 +185,9 @@ def no_syncs() -> Iterator[None]:
 def test_steps_neither_sync_nor_allocate() -> None:
     script = Script(torch.device("cuda"), is_captured=True)
     for place in range(5):
-        script.join(place, [place], temperature=0.25 * place, top_p=0.9)
+        script.join(
+            place, [place], temperature=0.25 * place, top_p=0.9, frequency_penalty=0.1 * place
+        )
     for _ in range(4):
         script.step()
     torch.cuda.set_sync_debug_mode("error")
