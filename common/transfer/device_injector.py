@@ -5,6 +5,7 @@ A chunk is copied into pinned memory that no sender can reach, hashed there, and
 the device has read it. The engine thread only begins copies, between two steps; it waits for none.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -22,6 +23,8 @@ from scission.common.transfer.incoming import Chunk, Injected
 from scission.common.transfer.injector import Grant
 from scission.common.transfer.options import TransferOptions
 from scission.common.transfer.wire import start_hash
+
+logger = logging.getLogger(__name__)
 
 BUFFERS_UNDER_WAY = 4  # to the device, besides those that are filled and wait
 
@@ -59,6 +62,8 @@ class DeviceInjector:
         self._report = report
         self._wake = wake
         self._grants: dict[TransferHandle, Grant] = {}
+        # of each grant the last write: set once it is over
+        self._last_writes: dict[TransferHandle, threading.Event] = {}
         self._checked: deque[_Checked] = deque()
         self._buffers = _Buffers(options.slot_bytes, 2 * options.copy_threads + BUFFERS_UNDER_WAY)
         self._checkers = ThreadPoolExecutor(options.copy_threads, f"{name}-check")
@@ -76,7 +81,10 @@ class DeviceInjector:
 
     def drop(self, handle: TransferHandle) -> None:
         """Nothing more is written there; what the device is asked from now on finds it so."""
-        if self._grants.pop(handle, None) is not None:
+        self._grants.pop(handle, None)
+        last = self._last_writes.pop(handle, None)
+        # at a commit all is written: steps do not wait for what comes for others
+        if last is not None and not last.is_set():
             self._on_device.step_after_writes()
 
     @property
@@ -101,7 +109,8 @@ class DeviceInjector:
             rows = chunk.rows
             place = RowPlace(rows.component, rows.layers, rows.rows, grant.block_ids, grant.slot)
             wait = self._storage.begin_write(place, checked.buffer[: rows.num_bytes])
-            self._ends.submit(self._end, checked, wait)
+            self._last_writes[chunk.incoming.handle] = is_over = threading.Event()
+            self._ends.submit(self._end, checked, wait, is_over)
             taken += rows.num_bytes
         return taken
 
@@ -110,13 +119,28 @@ class DeviceInjector:
         self._checkers.shutdown(cancel_futures=True)
         self._ends.shutdown()
 
-    # threads of the injector
+    # threads of the injector: what they meet is reported, or the chunk would be waited for
 
     def _check(self, chunk: Chunk) -> None:
         buffer = self._buffers.take()
         if buffer is None:
             return
         started = time.monotonic()
+        is_sound = False
+        try:
+            is_sound = self._copy(chunk, buffer) == chunk.header.hash
+        except Exception:
+            logger.exception("%s: a chunk was not checked", chunk.incoming.handle.request_id)
+        seconds = time.monotonic() - started
+        if not is_sound:
+            self._buffers.give_back(buffer)
+            self._report([Injected(chunk, False, seconds)])
+            return
+        self._checked.append(_Checked(chunk, buffer, seconds))
+        self._wake()
+
+    def _copy(self, chunk: Chunk, buffer: Bytes) -> int:
+        """Copy the chunk's rows out of the sender's reach; the hash of the copy."""
         num_bytes = chunk.rows.num_bytes
         data = (
             np.frombuffer(chunk.frame.buffer, np.uint8)
@@ -128,24 +152,24 @@ class DeviceInjector:
             part = buffer[first : min(first + PART_BYTES, num_bytes)]
             np.copyto(part, data[first : first + len(part)])
             hasher.update(part.data)
-        seconds = time.monotonic() - started
-        if hasher.intdigest() != chunk.header.hash:
-            self._buffers.give_back(buffer)
-            self._report([Injected(chunk, False, seconds)])
-            return
-        self._checked.append(_Checked(chunk, buffer, seconds))
-        self._wake()
+        return hasher.intdigest()
 
     def _slot(self, chunk: Chunk) -> Bytes:
         assert self._arena is not None
         return self._arena.slot(chunk.header.slot, chunk.rows.num_bytes)
 
-    def _end(self, checked: _Checked, wait: Callable[[], None]) -> None:
+    def _end(self, checked: _Checked, wait: Callable[[], None], is_over: threading.Event) -> None:
         started = time.monotonic()
-        wait()
+        is_written = True
+        try:
+            wait()
+        except Exception:
+            is_written = False
+            logger.exception("%s: rows were not written", checked.chunk.incoming.handle.request_id)
+        is_over.set()
         self._buffers.give_back(checked.buffer)
         seconds = checked.seconds + time.monotonic() - started
-        self._report([Injected(checked.chunk, True, seconds)])
+        self._report([Injected(checked.chunk, is_written, seconds)])
 
 
 class _Buffers:

@@ -59,7 +59,7 @@ class Incoming:
     num_reships: Counter[int] = field(default_factory=Counter)
     manifest: transfer_pb2.Manifest | None = None
     manifest_at: float = 0.0
-    inject_s: float = 0.0  # that the engine thread spent on its chunks
+    inject_s: float = 0.0  # that checking and writing its chunks took
     is_ready: bool = False
     is_committed: bool = False
     is_acknowledged: bool = False
@@ -70,7 +70,7 @@ class Incoming:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """An arrived chunk on its way to the engine thread."""
+    """An arrived chunk on its way into its rows."""
 
     incoming: Incoming
     packed: bytes  # the header as it came
@@ -81,8 +81,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Injected:
-    """What became of a chunk on the engine thread."""
+    """What became of a chunk."""
 
     chunk: Chunk
-    is_sound: bool
+    is_sound: bool  # and written; else it must come again
     seconds: float

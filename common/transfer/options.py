@@ -52,7 +52,7 @@ class TransferOptions:
     arena_bytes: int = 64 << 20  # all that a receiver lets senders have in flight
     window_slots: int = 8  # the most that one transfer may have in flight
     bulk_sockets: int = 2  # connections a pair ships rows over
-    copy_threads: int = 2  # that copy and hash at each end, where the state lies in host memory
+    copy_threads: int = 2  # that copy and hash at each end
     connect_timeout_s: float = 2.0  # until HELLO is answered
     stall_s: float = 1.0  # without a byte of progress: ask again
     decide_s: float = 2.0  # without a byte of progress: the transfer has failed

@@ -1,8 +1,9 @@
 """The decode's end of the transfer: takes reservations, checks and injects chunks, commits.
 
 The I/O thread receives, validates and keeps the clock (`reception.py`); the engine thread decides
-grants and calls `inject`, which hashes what it writes (`injector.py`). Policy (who gets room) is
-the engine's.
+grants and calls `inject`, which writes to host memory and hashes what it wrote (`injector.py`), or
+lets a device write what threads of its own have hashed (`device_injector.py`). Policy (who gets
+room) is the engine's.
 """
 
 import logging
@@ -183,10 +184,10 @@ class Receiver:
         self._loop.call(partial(self._reception.for_transfer, handle, function))
 
     def inject(self, budget_bytes: int) -> int:
-        """Check and write waiting chunks into their blocks and slots, at least one, until the
-        budget is spent.
+        """Write waiting chunks into their blocks and slots, at least one, until the budget is
+        spent; a device only begins to.
 
-        Returns the bytes written. Their arena slots go back to the senders at once.
+        Returns their bytes. Their arena slots go back to the senders once they are written.
         """
         return self._injector.inject(budget_bytes)
 

@@ -111,7 +111,7 @@ class Reception:
         self._end(transfer, None, abort_reason=reason)
 
     def take_injected(self, done: list[Injected]) -> None:
-        """The engine thread is done with these chunks."""
+        """These chunks are written, or must come again."""
         for injected in done:
             self._injected(injected.chunk, injected.is_sound, injected.seconds)
 

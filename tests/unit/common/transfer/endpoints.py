@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import zmq
 
+from scission.common.cache.device_rows import DeviceRows
 from scission.common.cache.layout import CacheLayout, Component, Kind
 from scission.common.cache.storage import CacheStorage
 from scission.common.transfer.events import (
@@ -223,9 +224,10 @@ def make_pair(
     sender_digest: dict[str, str] | None = None,
     is_clean_end: bool = True,
     device: torch.device = CPU,
+    target_rows: DeviceRows | None = None,
 ) -> Iterator[Pair]:
     """Both endpoints over one tier; at the end no slot may be lost and no thread may have met a
-    surprise.
+    surprise. With `target_rows` the receiver's state is written as a device's is, by these.
     """
     if options is None:
         options = TransferOptions(slot_bytes=SLOT_BYTES, arena_bytes=8 * SLOT_BYTES)
@@ -245,6 +247,8 @@ def make_pair(
     target = CacheStorage(layout, num_blocks, num_slots, device)
     fill_noise(source)
     fill_poison(target)
+    if target_rows is not None:
+        target.on_device = target_rows
     epoch = 1000 + next(_names)
     receiver = Receiver(target, DIGEST, "decode-1", epoch, options, wake, context=context)
     sender = Sender(source, sender_digest or DIGEST, "prefill-1", 7, options, wake, context=context)
