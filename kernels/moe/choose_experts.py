@@ -66,9 +66,14 @@ def block_k(gate_dtype: torch.dtype) -> int:
     return 256 if gate_dtype == torch.bfloat16 else 128
 
 
-def num_warps(num_tokens: int) -> int:
-    """The choice among one token's scores is quicker where fewer warps have to agree."""
-    return 4 if num_tokens == 1 else 8
+def num_warps(num_tokens: int, num_experts: int, target: Target) -> int:
+    """The choice among one token's scores is quicker where fewer warps have to agree.
+
+    Among more than 256 of many tokens, 8 spill on AMD's, and 16 on NVIDIA's.
+    """
+    if num_tokens == 1:
+        return 4
+    return 8 if num_experts <= 256 or target.has_ptx else 16
 
 
 def pick_split(num_tokens: int, num_experts: int, num_blocks: int) -> int:
@@ -110,9 +115,11 @@ def choose(
     SCORE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_HASHED: tl.constexpr,
     EXPERT_LANES: tl.constexpr,
 ):  # fmt: skip
-    """[tokens, EXPERT_LANES] logits -> experts and weights [tokens, 16], of columns below top_k.
+    """[tokens, EXPERT_LANES] logits -> experts and weights [tokens, 16], of columns below top_k,
+    and 1 [tokens, EXPERT_LANES] where a token chose an expert.
 
-    Of equal scores the lowest expert comes first; -1 where a score is NaN.
+    Of equal scores the lowest expert comes first; -1 where a score is NaN. An expert that a table
+    names twice is chosen once, for both weights.
     """
     experts = tl.arange(0, EXPERT_LANES)[None, :]
     columns = tl.arange(0, 16)[None, :]
@@ -124,6 +131,7 @@ def choose(
     left = tl.where(experts < num_experts, left, float("-inf"))
     chosen = tl.full([logits.shape[0], 16], -1, tl.int32)
     weights = tl.zeros([logits.shape[0], 16], tl.float32)
+    selected = tl.zeros(logits.shape, tl.int32)
     if IS_HASHED:
         token_ids = tl.load(token_ids_ptr + tokens, mask=mask_t, other=0)
     for k in range(top_k):
@@ -134,12 +142,20 @@ def choose(
             is_top = left == top[:, None]
             best = tl.min(tl.where(is_top, experts, EXPERT_LANES), axis=1)
             left = tl.where(experts == best[:, None], float("-inf"), left)
-        score = tl.sum(tl.where(experts == best[:, None], scores, 0.0), axis=1)
+        is_best = experts == best[:, None]
+        score = tl.sum(tl.where(is_best, scores, 0.0), axis=1)
         best = tl.where(best < num_experts, best, -1)
+        if IS_HASHED:
+            is_again = chosen == best[:, None]
+            weights += tl.where(is_again, score[:, None], 0.0)
+            is_new = tl.max(is_again.to(tl.int32), axis=1) == 0
+            best = tl.where(is_new, best, -1)
+            score = tl.where(is_new, score, 0.0)
         chosen = tl.where(columns == k, best[:, None], chosen)
         weights = tl.where(columns == k, score[:, None], weights)
+        selected = tl.where(is_best, 1, selected)
     weights = weights / tl.sum(weights, axis=1)[:, None] * scaling
-    return chosen, weights
+    return chosen, weights, selected
 
 
 @triton.jit
@@ -154,7 +170,8 @@ def choose_experts_kernel(
     partials_ptr,
     experts_ptr,
     weights_ptr,
-    leaders_ptr,
+    bits_ptr,
+    first_rows_ptr,
     block_experts_ptr,
     block_rows_ptr,
     row_tokens_ptr,
@@ -220,18 +237,19 @@ def choose_experts_kernel(
         for part in tl.static_range(NUM_SPLITS):
             ptrs = partials_ptr + (part * num_tokens + rows)[:, None] * num_experts
             logits += tl.load(ptrs + lanes[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        chosen, weights = choose(
+        chosen, weights, selected = choose(
             logits, rows, mask_r, bias_ptr, table_ptr, token_ids_ptr, num_experts, top_k,
             scaling, SCORE, HAS_BIAS, IS_HASHED, EXPERT_LANES,
         )  # fmt: skip
-        chosen -= first_expert
-        is_here = (chosen >= 0) & (chosen < num_local)
+        is_here = (chosen >= first_expert) & (chosen < first_expert + num_local)
+        is_token = mask_r
         if HAS_POSITIONS:
-            positions = tl.load(positions_ptr + rows, mask=mask_r, other=-1)
-            is_here &= (positions >= 0)[:, None]
+            is_token &= tl.load(positions_ptr + rows, mask=mask_r, other=-1) >= 0
+        is_here &= is_token[:, None]
         if ROWS == 1:
             _group_one(
-                tl.reshape(tl.where(is_here, chosen, -1), [16]), tl.reshape(weights, [16]),
+                tl.reshape(tl.where(is_here, chosen - first_expert, -1), [16]),
+                tl.reshape(weights, [16]),
                 block_experts_ptr, block_rows_ptr, row_tokens_ptr, row_weights_ptr, row_of_ptr,
                 top_k, num_slots, num_shared_rows, GROUP_M,
             )  # fmt: skip
@@ -241,14 +259,19 @@ def choose_experts_kernel(
             mask_k = mask_r[:, None] & (columns < top_k)[None, :]
             tl.store(experts_ptr + places, tl.where(is_here, chosen, -1), mask=mask_k)
             tl.store(weights_ptr + places, weights, mask=mask_k)
+            # a bit a token
+            bits = selected << tl.arange(0, ROWS)[:, None]
+            bits = tl.sum(tl.where(is_token[:, None], bits, 0), axis=0)
+            tl.store(bits_ptr + pid_t * EXPERT_LANES + lanes, bits)
             tl.debug_barrier()
             arrived_tiles = tl.atomic_add(counters_ptr, 1, sem="acq_rel")
             if arrived_tiles == tl.num_programs(0) - 1:
                 tl.store(counters_ptr, 0)
                 _group(
-                    experts_ptr, weights_ptr, leaders_ptr, block_experts_ptr, block_rows_ptr,
-                    row_tokens_ptr, row_weights_ptr, row_of_ptr, num_tokens, top_k, num_slots,
-                    num_shared_rows, GROUP_M, PAIR_LANES,
+                    experts_ptr, weights_ptr, bits_ptr, first_rows_ptr, block_experts_ptr,
+                    block_rows_ptr, row_tokens_ptr, row_weights_ptr, row_of_ptr, num_tokens,
+                    top_k, first_expert, num_local, num_slots, num_shared_rows, GROUP_M,
+                    EXPERT_LANES, PAIR_LANES, BLOCK_T,
                 )  # fmt: skip
 
 
@@ -284,63 +307,68 @@ def _group_one(
 
 
 @triton.jit
+def _count_bits(x):
+    """Of the lowest 16."""
+    x = x - ((x >> 1) & 0x5555)
+    x = (x & 0x3333) + ((x >> 2) & 0x3333)
+    x = (x + (x >> 4)) & 0x0F0F
+    return (x + (x >> 8)) & 0x1F
+
+
+@triton.jit
 def _group(
-    experts_ptr, weights_ptr, leaders_ptr, block_experts_ptr, block_rows_ptr, row_tokens_ptr,
-    row_weights_ptr, row_of_ptr, num_tokens, top_k, num_slots, num_shared_rows,
-    GROUP_M: tl.constexpr, PAIR_LANES: tl.constexpr,
+    experts_ptr, weights_ptr, bits_ptr, first_rows_ptr, block_experts_ptr, block_rows_ptr,
+    row_tokens_ptr, row_weights_ptr, row_of_ptr, num_tokens, top_k, first_expert, num_local,
+    num_slots, num_shared_rows, GROUP_M: tl.constexpr, EXPERT_LANES: tl.constexpr,
+    PAIR_LANES: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Every pair's row, by counting the pairs before it; every GROUP_M-th of an expert begins a
-    block."""
-    CHUNK: tl.constexpr = 8
-    FAR: tl.constexpr = 1 << 30
+    """Every pair's row, from the bits that say which tokens of a tile chose an expert; every
+    GROUP_M-th row of an expert begins a block."""
+    MAX_TILES: tl.constexpr = 8
     num_pairs = num_tokens * top_k
     pairs = tl.arange(0, PAIR_LANES)
     is_pair = pairs < num_pairs
-    experts = tl.load(experts_ptr + pairs, mask=is_pair, other=-1, cache_modifier=".cg")
+    chosen = tl.load(experts_ptr + pairs, mask=is_pair, other=-1, cache_modifier=".cg")
     weights = tl.load(weights_ptr + pairs, mask=is_pair, other=0.0, cache_modifier=".cg")
-    is_here = experts >= 0
-    start = tl.zeros([PAIR_LANES], tl.int32)
-    count = tl.zeros([PAIR_LANES], tl.int32)
-    rank = tl.zeros([PAIR_LANES], tl.int32)
-    for first in range(0, num_pairs, CHUNK):
-        others = first + tl.arange(0, CHUNK)
-        found = tl.load(
-            experts_ptr + others, mask=others < num_pairs, other=-1, cache_modifier=".cg"
-        )
-        is_below = (found[None, :] >= 0) & (found[None, :] < experts[:, None])
-        is_same = found[None, :] == experts[:, None]
-        is_before = is_same & (others[None, :] < pairs[:, None])
-        start += tl.sum(is_below.to(tl.int32), axis=1)
-        count += tl.sum(is_same.to(tl.int32), axis=1)
-        rank += tl.sum(is_before.to(tl.int32), axis=1)
-    row = start + rank
-    is_leader = is_here & (rank % GROUP_M == 0)
+    lanes = tl.arange(0, EXPERT_LANES)
+    is_local = (lanes >= first_expert) & (lanes < first_expert + num_local)
+    tiles = tl.arange(0, MAX_TILES)
+    mask = (tiles * BLOCK_T < num_tokens)[:, None] & is_local[None, :]
+    places = tiles[:, None] * EXPERT_LANES + lanes[None, :]
+    bits = tl.load(bits_ptr + places, mask=mask, other=0, cache_modifier=".cg")
+    counts = _count_bits(bits)  # [tiles, experts]
+    count = tl.sum(counts, axis=0)
+    start = tl.cumsum(count, axis=0) - count
+    tl.store(first_rows_ptr + places, start[None, :] + tl.cumsum(counts, axis=0) - counts)
+    num_blocks = (count + GROUP_M - 1) // GROUP_M
+    block = tl.cumsum(num_blocks, axis=0) - num_blocks
+    for i in range((num_tokens + GROUP_M - 1) // GROUP_M):
+        is_block = i < num_blocks
+        row = start + i * GROUP_M
+        tl.store(block_experts_ptr + block + i, lanes - first_expert, mask=is_block)
+        tl.store(block_rows_ptr + (block + i) * 2, row, mask=is_block)
+        end = tl.minimum(row + GROUP_M, start + count)
+        tl.store(block_rows_ptr + (block + i) * 2 + 1, end, mask=is_block)
+    is_over = (pairs >= tl.sum(num_blocks, axis=0)) & (pairs < num_slots)
+    tl.store(block_experts_ptr + pairs, -1, mask=is_over)
+    tl.debug_barrier()
+    is_here = chosen >= 0
     tokens = pairs // top_k
+    places_of = tokens // BLOCK_T * EXPERT_LANES + chosen
+    first = tl.load(first_rows_ptr + places_of, mask=is_here, other=0, cache_modifier=".cg")
+    found = tl.load(bits_ptr + places_of, mask=is_here, other=0, cache_modifier=".cg")
+    row_of = first + _count_bits(found & ((1 << (tokens % BLOCK_T)) - 1))
     width = top_k + num_shared_rows
-    tl.store(row_tokens_ptr + row, tokens, mask=is_here)
-    tl.store(row_weights_ptr + row, weights, mask=is_here)
-    tl.store(row_of_ptr + tokens * width + pairs % top_k, tl.where(is_here, row, -1), mask=is_pair)
+    tl.store(row_tokens_ptr + row_of, tokens, mask=is_here)
+    tl.store(row_weights_ptr + row_of, weights, mask=is_here)
+    columns_ptr = row_of_ptr + tokens * width + pairs % top_k
+    tl.store(columns_ptr, tl.where(is_here, row_of, -1), mask=is_pair)
     for shared in range(num_shared_rows):
         tl.store(
             row_of_ptr + pairs * width + top_k + shared,
             num_pairs + shared * num_tokens + pairs,
             mask=pairs < num_tokens,
         )
-    tl.store(leaders_ptr + pairs, tl.where(is_leader, row, FAR), mask=is_pair)
-    tl.debug_barrier()
-    block = tl.zeros([PAIR_LANES], tl.int32)
-    for first in range(0, num_pairs, CHUNK):
-        others = first + tl.arange(0, CHUNK)
-        found = tl.load(
-            leaders_ptr + others, mask=others < num_pairs, other=FAR, cache_modifier=".cg"
-        )
-        block += tl.sum((found[None, :] < row[:, None]).to(tl.int32), axis=1)
-    tl.store(block_experts_ptr + block, experts, mask=is_leader)
-    tl.store(block_rows_ptr + block * 2, row, mask=is_leader)
-    end = tl.minimum(row + GROUP_M, start + count)
-    tl.store(block_rows_ptr + block * 2 + 1, end, mask=is_leader)
-    num_leaders = tl.sum(is_leader.to(tl.int32), axis=0)
-    tl.store(block_experts_ptr + pairs, -1, mask=(pairs >= num_leaders) & (pairs < num_slots))
 
 
 def can_choose(num_tokens: int, top_k: int) -> bool:
@@ -403,7 +431,8 @@ def choose_experts(
         floats(split, num_tokens, routing.num_experts),
         ints(num_tokens, top_k),
         floats(num_tokens, top_k),
-        ints(num_pairs),
+        ints(grid[0], expert_lanes(routing.num_experts)),
+        ints(MAX_TOKENS // BLOCK_T, expert_lanes(routing.num_experts)),
         groups.block_experts,
         groups.block_rows,
         groups.row_tokens,
@@ -433,6 +462,6 @@ def choose_experts(
         BLOCK_E=BLOCK_E,
         BLOCK_K=size_k,
         NUM_SPLITS=split,
-        num_warps=num_warps(num_tokens),
+        num_warps=num_warps(num_tokens, routing.num_experts, target),
     )
     return groups

@@ -348,7 +348,11 @@ def grouped_experts_kernel(
             mask_m = rows < tl.load(block_rows_ptr + block * 2 + 1)
             rows_x = tl.where(mask_m, rows, 0)
             if BY_TOKEN:
-                rows_x = tl.load(row_tokens_ptr + rows_x, mask=mask_m, other=0)
+                # a number that is 1 is known when this is compiled: nothing to wait for
+                if num_tokens == 1:
+                    rows_x = rows_x * 0
+                else:
+                    rows_x = tl.load(row_tokens_ptr + rows_x, mask=mask_m, other=0)
             rows_x = rows_x.to(tl.int64)
             per_program = (num_blocks + num_splits - 1) // num_splits
             first = split * per_program

@@ -70,7 +70,7 @@ def _choices(target: Target) -> Iterator[_Launch]:
             (288, "sigmoid", False, "*fp32"),
         )
     }
-    ints = ("experts", "leaders", "block_experts", "block_rows", "row_tokens")
+    ints = ("experts", "bits", "first_rows", "block_experts", "block_rows", "row_tokens")
     for lanes, score, is_hashed, gate_type in sorted(cases):
         most = 8 if lanes <= 256 else 4
         for rows, pairs, split in ((1, 64, 16), (16, 64, most), (16, 1024, most), (16, 1024, 2)):
@@ -117,7 +117,7 @@ def _choices(target: Target) -> Iterator[_Launch]:
                     "BLOCK_K": 256 if gate_type == "*bf16" else 128,
                     "NUM_SPLITS": split,
                 },
-                choose_experts.num_warps(rows),
+                choose_experts.num_warps(rows, lanes, target),
             )
 
 

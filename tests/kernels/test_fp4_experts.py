@@ -282,6 +282,22 @@ def test_of_equal_scores_the_lowest_experts_are_chosen(
     assert groups.block_experts.tolist()[:3] == [0, 1, 7]
 
 
+def test_an_expert_that_a_table_names_twice_has_both_weights(
+    kernel_device: torch.device, kernel_target: Target
+) -> None:
+    case = Case((3, 3, 5, 128, 128), kernel_device)
+    case.table[:, 2] = case.table[:, 0]
+    counters = torch.zeros(num_counters(), dtype=torch.int32, device=kernel_device)
+    groups = choose_experts(
+        case.x, case.routing(is_hashed=True), case.token_ids, None, 16, 0, counters, kernel_target
+    )
+    experts, weights = case.chosen(is_hashed=True)
+    weights[:, 0] += weights[:, 2]
+    experts = experts.clone()
+    experts[:, 2] = -1
+    _check_groups(groups, experts, weights)
+
+
 def test_sigmoid_scores_choose_as_their_definition_does(
     kernel_device: torch.device, kernel_target: Target
 ) -> None:
