@@ -14,8 +14,6 @@ from scission.kernels.cache import launches as cache_launches
 from scission.kernels.compressor import launches as compressor_launches
 from scission.kernels.decode_rows import launches as decode_rows_launches
 from scission.kernels.dense_attention import launches as heads_launches
-from scission.kernels.dense_attention import listed_rows
-from scission.kernels.dense_attention.key_rows import TILE_QUERIES
 from scission.kernels.hyper_connections import launches as hyper_connection_launches
 from scission.kernels.indexer import launches as indexer_launches
 from scission.kernels.latents import launches as latent_launches
@@ -53,7 +51,7 @@ class Launch:
 def launches(target: Target) -> Iterator[Launch]:
     """All of one target's."""
     yield from _linear(target)
-    yield from _dense_attention(target)
+    yield from _dense(target)
     yield from _state(target)
     yield from _sparse_attention(target)
     yield from _indexer(target)
@@ -66,54 +64,8 @@ def _linear(target: Target) -> Iterator[Launch]:
         yield Launch(*launch)
 
 
-def _dense_attention(target: Target) -> Iterator[Launch]:
-    """Of 128 channels a head; 4, 8 and 12 query heads a key-value head."""
-    strides = (
-        *("q_token", "q_head", "pool_row", "rows_sequence"),
-        *("out_split", "out_token", "sums_split", "sums_token"),
-    )
-    types = {f"{name}_ptr": "*bf16" for name in ("q", "k", "v")}
-    types |= {f"{name}_ptr": "*i64" for name in ("rows", "firsts", "positions", "tiles")}
-    types |= {"sink_ptr": "*fp32", "out_ptr": "*bf16", "sums_ptr": "*fp32", "scale": "fp32"}
-    types |= {"window": "i32", "group": "i32", "keys_per_split": "i32:16"}
-    types |= {f"stride_{name}": "i32:16" for name in strides} | {"stride_rows_sequence": "i32"}
-    cases = {
-        (listed_rows.block_m(group, queries), queries == 1)
-        for group in (4, 8, 12)
-        for queries in (1, TILE_QUERIES)
-    }
-    for rows, is_single in sorted(cases):
-        for has_window in (False, True):
-            # only single tokens are few enough to split their keys
-            for is_split in (False, True) if is_single else (False,):
-                yield Launch(
-                    listed_rows.listed_rows_kernel,
-                    types | {"out_ptr": "*fp32" if is_split else "*bf16"},
-                    {
-                        "HEAD_DIM": 128,
-                        "BLOCK_M": rows,
-                        "BLOCK_N": listed_rows.block_n(rows, target),
-                        "HAS_WINDOW": has_window,
-                        "HAS_SINK": not is_split,
-                        "IS_SPLIT": is_split,
-                        "NUM_STAGES": listed_rows.num_stages(target),
-                    },
-                    listed_rows.num_warps(rows),
-                )
-    for has_sink in (False, True):
-        yield Launch(
-            listed_rows.add_splits_kernel,
-            {
-                **{f"{name}_ptr": "*fp32" for name in ("partials", "sums", "sink")},
-                "out_ptr": "*bf16",
-                "num_splits": "i32",
-                "num_heads": "i32:16",
-                "stride_partials_split": "i32:16",
-                "stride_sums_split": "i32:16",
-            },
-            {"HEAD_DIM": 128, "HAS_SINK": has_sink},
-            listed_rows.ADD_WARPS,
-        )
+def _dense(target: Target) -> Iterator[Launch]:
+    """Attention of per-head K and V, norms and gates between dense layers."""
     for launch in (
         *heads_launches.launches(target),
         *norm_launches.launches(target),

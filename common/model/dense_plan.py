@@ -21,7 +21,7 @@ from scission.common.model.rows import (
     plan_ring_writes,
     recent_rows,
 )
-from scission.kernels.dense_attention import KeyRows, Turn, tiles_of
+from scission.kernels.dense_attention import KeyRows, Turn
 from scission.kernels.rope import rotations
 
 
@@ -131,5 +131,4 @@ def _key_rows(batch: ForwardBatch, rows: Tensor, firsts: list[int]) -> KeyRows:
         )
     )
     device = batch.positions.device
-    tiles = tiles_of(spans, device) if device.type == "cuda" else None
-    return KeyRows(rows, torch.tensor(firsts, device=device), batch.positions, spans, tiles)
+    return KeyRows(rows, torch.tensor(firsts, device=device), batch.positions, spans)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scission.kernels.dense_attention import places_reference, reference
 from scission.kernels.dense_attention.heads import Heads, Turn
-from scission.kernels.dense_attention.key_rows import KeyRows, tiles_of
+from scission.kernels.dense_attention.key_rows import KeyRows
 from scission.kernels.dense_attention.places_reference import turn_heads
 from scission.kernels.linear import (
     QuantizedRows,
@@ -20,7 +20,7 @@ from scission.kernels.places import Places
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.target import target_of
 
-__all__ = ["Heads", "KeyRows", "Turn", "attend_dense", "attend_heads", "tiles_of", "turn_heads"]
+__all__ = ["Heads", "KeyRows", "Turn", "attend_dense", "attend_heads", "turn_heads"]
 
 _HEAD_DIMS = (64, 128, 256)
 _KERNEL_DTYPE = torch.bfloat16
@@ -65,14 +65,7 @@ def attend_dense(
         )
     if sink is not None and (sink.shape != q.shape[1:2] or sink.dtype != torch.float32):
         raise ValueError(f"sink must be [{q.shape[1]}] float32, got {list(sink.shape)}")
-    target = target_of(q.device)
-    can_run = q.dtype == k.dtype == _KERNEL_DTYPE and q.shape[2] in _HEAD_DIMS
-    if target is None or keys.tiles is None or not can_run or not q.shape[1]:
-        return reference.attend_dense(q, k, v, keys, scale, window, sink)
-    # only where a kernel is launched is Triton needed
-    from scission.kernels.dense_attention.listed_rows import attend_listed_rows
-
-    return attend_listed_rows(q, k, v, keys, keys.tiles, scale, window, sink, target)
+    return reference.attend_dense(q, k, v, keys, scale, window, sink)
 
 
 def attend_heads(

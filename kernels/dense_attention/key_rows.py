@@ -2,10 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-TILE_QUERIES = 8  # of one sequence, that a program of the kernel takes together
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +18,3 @@ class KeyRows:
     firsts: Tensor  # [num_seqs] int64
     positions: Tensor  # [num_tokens] int64, of the queries; -1 is padding
     spans: tuple[tuple[int, int, int], ...]
-    tiles: Tensor | None = None  # [num_tiles, 4] int64, of `tiles_of`; None: no kernel runs
-
-
-def tiles_of(spans: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
-    """Sequence, first query row, queries and keys of each tile of up to TILE_QUERIES queries."""
-    tiles = [
-        (sequence, token + start, min(TILE_QUERIES, num_queries - start), num_keys)
-        for sequence, (token, num_queries, num_keys) in enumerate(spans)
-        for start in range(0, num_queries, TILE_QUERIES)
-    ]
-    return torch.tensor(tiles).to(device, non_blocking=True)

@@ -10,7 +10,6 @@ import pytest
 FILES = (
     "test_linear.py",
     "test_fp4_experts.py",
-    "test_dense_attention.py",
     "test_attend_heads.py",
     "test_dense_rows.py",
     "test_coded_layers.py",
