@@ -193,6 +193,8 @@ class DecodeEngine:
         self._handoffs.grant_waiting(now)
         if not self._batch.is_idle:
             self._step()
+            # with the last sequence gone nothing else would wake this thread before the next beat
+            self._handoffs.grant_waiting(now)
         if now >= self._next_beat:
             self._next_beat = now + self._beat_s
             self._beat()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from scission.common.cache.block_pool import State
 from scission.common.errors import (
     CancelledError,
     CapacityError,
@@ -209,6 +210,20 @@ def test_reservations_wait_for_room_and_are_granted_in_order() -> None:
     # "a" has finished meanwhile
     assert list(bed.receiver.granted)[1:] == handles
     assert not bed.receiver.waits
+
+
+@pytest.mark.parametrize("is_captured", [False, True], ids=["chunks", "one behind"])
+def test_room_is_granted_in_the_turn_that_frees_it(is_captured: bool) -> None:
+    bed = Bed(num_slots=1, is_captured=is_captured)
+    bed.start("a", max_tokens=6)
+    bed.submit("b")
+    waiting = bed.reserve("b")
+    bed.engine.turn()
+    assert waiting in bed.receiver.waits
+    while bed.engine.slots.counts()[State.ACTIVE]:
+        bed.engine.turn()
+    # the thread sleeps until the next beat after this turn: nothing runs any more
+    assert waiting in bed.receiver.granted
 
 
 def test_a_large_reservation_is_not_overtaken_by_small_ones() -> None:
