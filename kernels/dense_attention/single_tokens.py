@@ -29,7 +29,7 @@ from scission.kernels.target import Target
 BLOCK_M = 16  # what a dot takes at least; a group's query heads and its key head
 # more programs add more parts than they hide latency: on an H200, at 1024 tokens, 4 splits at batch
 # 8 took 17.3 us and 8 18.9; none at 32 40.4 and 2 49.5
-_WANTED_PROGRAMS = 256
+WANTED_PROGRAMS = 256
 MAX_SPLITS = 32
 NUM_WARPS = 4
 LOG2_E = 1.4426950408889634
@@ -273,7 +273,7 @@ def add_parts_kernel(
 def pick_splits(num_seqs: int, num_kv_heads: int) -> int:
     """Over how many programs the keys of a sequence and a key-value head are divided: a power of
     two."""
-    wanted = -(-_WANTED_PROGRAMS // max(num_seqs * num_kv_heads, 1))
+    wanted = -(-WANTED_PROGRAMS // max(num_seqs * num_kv_heads, 1))
     return min(int(triton.next_power_of_2(wanted)), MAX_SPLITS)
 
 
