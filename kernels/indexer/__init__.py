@@ -133,5 +133,7 @@ def top_k(scores: Tensor, lengths: Tensor, k: int) -> Tensor:
     from scission.kernels.indexer.select import select_columns
 
     out = torch.empty(scores.shape[0], k, dtype=torch.int32, device=scores.device)
-    select_columns(scores, lengths, k, out, target)
+    # rows of adjacent columns
+    rows = scores if scores.stride(1) == 1 else scores.contiguous()
+    select_columns(rows, lengths.contiguous(), k, out, target)
     return out

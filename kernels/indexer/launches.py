@@ -5,7 +5,7 @@ from typing import Any
 
 import triton.language as tl
 
-from scission.kernels.indexer import score, select
+from scission.kernels.indexer import narrow, score, select, selection
 from scission.kernels.target import Target
 
 # DeepSeek-V4's indexer
@@ -50,24 +50,24 @@ def _selections(
 ) -> Iterator[tuple[Any, Mapping[str, str], Mapping[str, Any], int]]:
     lengths = "*i64" if paging["RATIO"] else "*i32"
     narrowed = {
-        select.pick_tile(max_length, k, target)[0]
+        selection.pick_tile(max_length, k, target)[0]
         for max_length in (1 << 15, 1 << 16, 1 << 18, 1 << 20)
         for k in (512, 1024, 2048)
     }
     types = {"scores_ptr": "*fp32", "lengths_ptr": lengths}
-    for tile in select.tiles(target):
+    for tile in selection.tiles(target):
         if tile in narrowed:
             yield (
-                select.narrow_kernel,
+                narrow.narrow_kernel,
                 types
                 | {f"{name}_ptr": "*i32" for name in ("words", "counts", "candidates")}
                 | {"k": "i32:16", "max_words": "i32", "capacity": "i32:16"}
                 | {"stride_scores_row": "i32:16"},
-                {"SIZE": tile.size, "SAMPLE": select.SAMPLE, "BLOCK": select.NARROW_BLOCK}
+                {"SIZE": tile.size, "SAMPLE": selection.SAMPLE, "BLOCK": selection.NARROW_BLOCK}
                 | {"RATIO": paging["RATIO"]},
-                select.NARROW_WARPS,
+                narrow.NUM_WARPS,
             )
-        for log_parts in {0, select.LOG_PARTS if tile in narrowed else 0}:
+        for log_parts in {0, selection.LOG_PARTS if tile in narrowed else 0}:
             parts = "*i32" if log_parts else lengths
             yield (
                 select.select_kernel,

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from scission.kernels.indexer.score import score_visible
-from scission.kernels.indexer.select import Entries, plan_selection, select_columns
+from scission.kernels.indexer.select import select_columns
+from scission.kernels.indexer.selection import Entries, plan_selection
 from scission.kernels.places import Places
 from scission.kernels.target import Target
 
@@ -32,6 +33,7 @@ def pick_scored(
 ) -> Tensor:
     """As `pick_entries`; 2 launches where max_context bounds entries to 16384, else 3 a tile."""
     num_tokens = q.shape[0]
+    weights = weights if weights.stride(1) == 1 else weights.contiguous()
     picks = torch.empty(num_tokens, top_k, dtype=torch.int32, device=q.device)
     max_entries = places.max_context // ratio
     width = -(-max(max_entries, 1) // _ALIGN) * _ALIGN
