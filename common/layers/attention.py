@@ -13,13 +13,12 @@ from scission.common.layers.numerics import Numerics
 from scission.common.parallel.ranks import Axis
 from scission.kernels.linear import (
     QuantizedRows,
+    Rows,
     linear_bf16,
     linear_grouped,
     linear_grouped_parts,
     quantize_rows,
 )
-
-Rows = Tensor | QuantizedRows
 
 
 class GroupedOutput:

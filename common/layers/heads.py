@@ -2,18 +2,13 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from scission.common.checkpoint.weights import Shard, Weights
 from scission.common.errors import ConfigError
 from scission.common.layers.linear import Linear
 from scission.common.layers.numerics import Numerics
 from scission.common.layers.row_input import RowInput, input_of
 from scission.common.parallel.ranks import Axis
-from scission.kernels.linear import QuantizedRows, SplitSums
-
-Rows = Tensor | QuantizedRows
-Sums = Tensor | SplitSums
+from scission.kernels.linear import Rows, Sums
 
 
 @dataclass(frozen=True, slots=True)

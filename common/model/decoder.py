@@ -16,8 +16,8 @@ from scission.common.layers.row_input import RowInput
 from scission.common.model.architecture import OnLayers
 from scission.common.model.batch import ForwardBatch
 from scission.common.model.dense_plan import LayerKind
-from scission.common.model.dense_step import KeyValues, Rows, Step, Sums, plan_steps
-from scission.kernels.linear import whole_sums
+from scission.common.model.dense_step import KeyValues, Step, plan_steps
+from scission.kernels.linear import Rows, Sums, whole_sums
 from scission.kernels.target import target_of
 
 NUM_LAYER_GROUPS = 4

@@ -1,12 +1,12 @@
 """DeepSeek-V4: hyper-connected layers of sparse attention over compressed keys, and of experts.
 
-Reads top to bottom like the specification: model, layer, attention, compressor, indexer. One file
-serves prefill and decode: a batch is flat and ragged, and what it means for the caches is planned
-once a step (`step_plan`).
+Reads top to bottom like the specification: model, layer, attention, compressor, indexer. It serves
+prefill and decode alike: a batch is flat and ragged. What layers do with positions and state is a
+`Step`'s: by rows that the host has planned (`deepseek_v4_step`), or by addresses on the device
+(`deepseek_v4_placed`).
 """
 
 import itertools
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ from scission.common.layers.moe import HashRouter, MoE, ScoreRouter
 from scission.common.layers.norm import RMSNorm
 from scission.common.layers.numerics import Numerics
 from scission.common.layers.rope import rope_frequencies
+from scission.common.model.architecture import OnLayers
 from scission.common.model.batch import ForwardBatch
 from scission.common.model.config import CSA, DENSE, HCA, DeepseekV4Config
 from scission.common.model.deepseek_v4_placed import PlacedStep
@@ -38,7 +39,6 @@ from scission.common.model.deepseek_v4_step import (
     Fold,
     LatentNorms,
     ListedStep,
-    Rows,
     Step,
 )
 from scission.common.model.step_plan import PlanGeometry, plan_step
@@ -51,11 +51,10 @@ from scission.kernels.hyper_connections import (
     hc_values,
     hc_write,
 )
+from scission.kernels.linear import Rows
 from scission.kernels.target import target_of
 
 NUM_LAYER_GROUPS = 4
-
-OnLayers = Callable[[int, int], None]
 
 
 class DeepseekV4:

@@ -10,13 +10,14 @@ from scission.common.layers.numerics import Numerics
 from scission.common.model.batch import ForwardBatch
 from scission.common.model.config import CSA, DENSE
 from scission.common.model.deepseek_v4_state import CompressorState, LayerState
-from scission.common.model.deepseek_v4_step import Fold, LatentNorms, Rows
+from scission.common.model.deepseek_v4_step import Fold, LatentNorms
 from scission.common.model.step_plan import PlanGeometry, Rotation
 from scission.kernels.attention import attend_sparse
 from scission.kernels.cache import write_ring_
 from scission.kernels.compressor import compress_
 from scission.kernels.indexer import pick_entries
 from scission.kernels.latents import index_queries, norm_latents, turn_heads_
+from scission.kernels.linear import Rows
 from scission.kernels.rope import step_rotations
 
 

@@ -19,11 +19,9 @@ from scission.kernels.attention import attend
 from scission.kernels.cache import recent_rows, write_rows_
 from scission.kernels.compressor import pool_blocks
 from scission.kernels.indexer import hadamard, pick_rows, score_entries
-from scission.kernels.linear.rows import QuantizedRows
+from scission.kernels.linear import Rows
 from scission.kernels.norm import rms_norm
 from scission.kernels.rope import rotate_
-
-Rows = Tensor | QuantizedRows
 
 
 @dataclass(frozen=True, slots=True)

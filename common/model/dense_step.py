@@ -16,11 +16,8 @@ from scission.common.model.batch import ForwardBatch
 from scission.common.model.dense_plan import KindPlan, LayerKind, plan_kinds, turn_of
 from scission.kernels.cache import recent_rows, write_rows_
 from scission.kernels.dense_attention import Heads, Turn, attend_dense, attend_heads, turn_heads
-from scission.kernels.linear import QuantizedRows, SplitSums, whole_sums
+from scission.kernels.linear import Rows, Sums, whole_sums
 from scission.kernels.places import Places
-
-Rows = Tensor | QuantizedRows
-Sums = Tensor | SplitSums
 
 
 @dataclass(frozen=True, slots=True)

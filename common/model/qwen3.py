@@ -30,11 +30,12 @@ from scission.common.model.decoder import (
     key_value_layout,
 )
 from scission.common.model.dense_plan import LayerKind
-from scission.common.model.dense_step import KeyValues, Rows, Step, Sums
+from scission.common.model.dense_step import KeyValues, Step
 from scission.common.model.fields import ConfigFields
 from scission.common.model.rope_fields import read_rope
 from scission.common.parallel.ranks import Ranks
 from scission.kernels.dense_attention import Heads
+from scission.kernels.linear import Rows, Sums
 
 NAME = "Qwen3ForCausalLM"
 FULL = "full"

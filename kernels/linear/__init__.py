@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 from scission.kernels.linear import reference
-from scission.kernels.linear.rows import QuantizedRows, Scaling, SplitSums
+from scission.kernels.linear.rows import QuantizedRows, Rows, Scaling, SplitSums, Sums
 from scission.kernels.quant import FP8_BLOCK
 from scission.kernels.target import target_of
 
 __all__ = [
     "QuantizedRows",
+    "Rows",
     "Scaling",
     "SplitSums",
+    "Sums",
     "can_run",
     "linear_bf16",
     "linear_block_fp8",

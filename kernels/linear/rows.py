@@ -61,3 +61,8 @@ class SplitSums:
     @property
     def width(self) -> int:
         return self.parts.shape[2]
+
+
+# what a linear layer takes, and what one gives that may leave the adding up to its reader
+Rows = Tensor | QuantizedRows
+Sums = Tensor | SplitSums
