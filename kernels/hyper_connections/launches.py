@@ -91,5 +91,5 @@ def launches(target: Target) -> Iterator[tuple[Any, Mapping[str, str], Mapping[s
                         "QUANTIZES": num_coefficients == 24,
                         "HAS_PTX": target.has_ptx,
                     },
-                    mix_streams.READ_WARPS,
+                    mix_streams.read_warps(blocks),
                 )

@@ -21,7 +21,6 @@ from scission.kernels.target import Target
 NUM_STREAMS = 4
 BLOCK_T = 16
 SCORE_WARPS = 4
-READ_WARPS = 8
 # tokens of a program that works out how they are written, where their sums are whole
 LANES = 64
 WRITE_BLOCK = 1024
@@ -43,6 +42,12 @@ class Coefficients:
     @property
     def split(self) -> int:
         return self.partials.shape[0]
+
+
+def read_warps(num_blocks: int) -> int:
+    """Every warp of a writer computes the same: more of them only take turns. 64 blocks of 128
+    channels need the registers of 8."""
+    return 4 if num_blocks <= 32 else 8
 
 
 def columns_of(num_coefficients: int) -> int:
@@ -775,6 +780,6 @@ def read_streams(
             BLOCKS=triton.next_power_of_2(d // FP8_BLOCK),
             QUANTIZES=quantizes,
             HAS_PTX=target.has_ptx,
-            num_warps=READ_WARPS,
+            num_warps=read_warps(d // FP8_BLOCK),
         )
     return Reading(values, codes, scales, post, comb)

@@ -84,7 +84,10 @@ def tiles(target: Target) -> tuple[Tile, ...]:
     three = target.num_stages(3)
     # four warps run out of registers on AMD's
     few = Tile(128, 16, 4 if target.has_ptx else 8, fp4, fp8)
-    return few, Tile(64, 32, 4, three, three), Tile(64, 64, 4, three, three)
+    more = Tile(64, 32, 4, three, three)
+    if target.name == "gfx1201":
+        return few, more
+    return few, more, Tile(64, 64, 4, three, three)
 
 
 def pick_tile(num_pairs: int, num_experts: int, target: Target) -> Tile:
@@ -300,6 +303,7 @@ def grouped_experts_kernel(
     HAS_PTX: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     NUM_FP8_STAGES: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
 ):
     """One program, BLOCK_N outputs of one block of rows over a share of the inputs.
 
@@ -312,7 +316,6 @@ def grouped_experts_kernel(
     slot = tl.program_id(0)
     pid_n = tl.program_id(1)
     split = tl.program_id(2)
-    num_splits = tl.num_programs(2)
     total_rows = num_rows
     if HAS_SHARED:
         total_rows += SHARED_SPLIT * num_tokens
@@ -324,7 +327,7 @@ def grouped_experts_kernel(
         rows_x = tl.where(mask_m, tokens, 0).to(tl.int64)
         if not BY_TOKEN:
             rows_x += num_rows
-        per_program = (num_blocks + num_splits * SHARED_SPLIT - 1) // (num_splits * SHARED_SPLIT)
+        per_program = (num_blocks + NUM_SPLITS * SHARED_SPLIT - 1) // (NUM_SPLITS * SHARED_SPLIT)
         first = (split * SHARED_SPLIT + half) * per_program
         acc = _dot_fp8(
             x_ptr, x_scales_ptr, rows_x, shared_codes_ptr, shared_scales_ptr, 0, pid_n, first,
@@ -336,9 +339,9 @@ def grouped_experts_kernel(
         if ACTIVATES:
             _activate_last(
                 out_ptr, counters_ptr, inner_ptr, inner_scales_ptr, slot // SHARED_SPLIT, pid_n,
-                num_splits, SHARED_SPLIT, num_rows + tokens, num_tokens, total_rows, mask_m,
+                num_rows + tokens, num_tokens, total_rows, mask_m,
                 tl.full([BLOCK_M], 1.0, tl.float32), shared_limit, out_features,
-                CLAMPS_FIRST, SCALING, BLOCK_N, BLOCK_M,
+                CLAMPS_FIRST, SCALING, BLOCK_N, BLOCK_M, NUM_SPLITS, SHARED_SPLIT,
             )  # fmt: skip
     else:
         block = slot - num_shared_slots
@@ -354,7 +357,7 @@ def grouped_experts_kernel(
                 else:
                     rows_x = tl.load(row_tokens_ptr + rows_x, mask=mask_m, other=0)
             rows_x = rows_x.to(tl.int64)
-            per_program = (num_blocks + num_splits - 1) // num_splits
+            per_program = (num_blocks + NUM_SPLITS - 1) // NUM_SPLITS
             first = split * per_program
             last = tl.minimum(first + per_program, num_blocks)
             if FORMAT == "fp4":
@@ -372,10 +375,9 @@ def grouped_experts_kernel(
             if ACTIVATES:
                 _activate_last(
                     out_ptr, counters_ptr, inner_ptr, inner_scales_ptr,
-                    block + num_shared_slots // SHARED_SPLIT, pid_n, num_splits, 1, rows, 0,
-                    total_rows, mask_m,
+                    block + num_shared_slots // SHARED_SPLIT, pid_n, rows, 0, total_rows, mask_m,
                     tl.load(row_weights_ptr + rows, mask=mask_m, other=0.0), limit, out_features,
-                    CLAMPS_FIRST, SCALING, BLOCK_N, BLOCK_M,
+                    CLAMPS_FIRST, SCALING, BLOCK_N, BLOCK_M, NUM_SPLITS, 1,
                 )  # fmt: skip
 
 
@@ -388,10 +390,10 @@ def _put(acc, out_ptr, split, total_rows, rows, mask_m, pid_n, out_features, BLO
 
 @triton.jit
 def _activate_last(
-    out_ptr, counters_ptr, inner_ptr, inner_scales_ptr, group, pid_n, num_splits, num_halves,
-    rows, stride_half, total_rows, mask_m, weights, limit, out_features,
-    CLAMPS_FIRST: tl.constexpr, SCALING: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    out_ptr, counters_ptr, inner_ptr, inner_scales_ptr, group, pid_n, rows, stride_half,
+    total_rows, mask_m, weights, limit, out_features, CLAMPS_FIRST: tl.constexpr,
+    SCALING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, NUM_HALVES: tl.constexpr,
 ):  # fmt: skip
     """Count this program in; the last one of its 128 channels activates and quantises them.
 
@@ -402,14 +404,15 @@ def _activate_last(
     counter_ptr = counters_ptr + group * (inner // 128) + channels
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
-    if arrived == num_splits * num_halves * (2 * 128 // BLOCK_N) - 1:
+    if arrived == NUM_SPLITS * NUM_HALVES * (2 * 128 // BLOCK_N) - 1:
         # ready for the next launch
         tl.store(counter_ptr, 0)
         offs = channels * 128 + tl.arange(0, 128)
         a = tl.zeros([BLOCK_M, 128], tl.float32)
         b = tl.zeros([BLOCK_M, 128], tl.float32)
-        for part in range(num_splits * num_halves):
-            row = part // num_halves * total_rows + part % num_halves * stride_half + rows
+        # unrolled: one load does not wait for the other
+        for part in tl.static_range(NUM_SPLITS * NUM_HALVES):
+            row = part // NUM_HALVES * total_rows + part % NUM_HALVES * stride_half + rows
             ptrs = out_ptr + row.to(tl.int64)[:, None] * out_features + offs[None, :]
             # others wrote them: not from this multiprocessor's own cache
             a += tl.load(ptrs, mask=mask_m[:, None], other=0.0, cache_modifier=".cg")
@@ -619,6 +622,7 @@ def _multiply(
         HAS_PTX=target.has_ptx,
         NUM_STAGES=tile.num_stages,
         NUM_FP8_STAGES=tile.num_fp8_stages,
+        NUM_SPLITS=split,
         num_warps=tile.num_warps,
     )
     return out

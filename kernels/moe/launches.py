@@ -152,12 +152,17 @@ def _products(target: Target) -> Iterator[_Launch]:
     # DeepSeek-V4 has FP4 experts beside an FP8 one, Step FP8 ones
     for codes, activation in (("fp4", (True, "ue8m0")), ("fp8", (False, "dynamic"))):
         for has_shared in (True, False):
-            yield _product(target, few, codes, has_shared, activation, "*fp32", by_token=True)
-            for out_type in ("*fp32",) if has_shared else ("*fp32", "*bf16"):
-                yield _product(target, few, codes, has_shared, None, out_type, by_token=False)
+            for split in (1, 2):
+                yield _product(
+                    target, few, codes, has_shared, activation, "*fp32", split, by_token=True
+                )
+                out_type = "*fp32" if has_shared or split > 1 else "*bf16"
+                yield _product(
+                    target, few, codes, has_shared, None, out_type, split, by_token=False
+                )
         for tile in many if codes == "fp8" else ():
             for by_token in (True, False):
-                yield _product(target, tile, codes, False, None, "*bf16", by_token=by_token)
+                yield _product(target, tile, codes, False, None, "*bf16", 1, by_token=by_token)
     for by_token in (True, False):
         yield _many_fp4(target, by_token=by_token)
 
@@ -190,6 +195,7 @@ def _product(
     has_shared: bool,
     activation: tuple[bool, str] | None,
     out_type: str,
+    split: int,
     *,
     by_token: bool,
 ) -> _Launch:
@@ -233,6 +239,7 @@ def _product(
             "HAS_PTX": target.has_ptx,
             "NUM_STAGES": tile.num_stages,
             "NUM_FP8_STAGES": tile.num_fp8_stages,
+            "NUM_SPLITS": split,
         },
         tile.num_warps,
     )
