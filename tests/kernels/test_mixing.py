@@ -207,8 +207,9 @@ def _check_reading(case: StreamCase, kind: str) -> None:
     h, weight = streams.values.cpu(), case.weight.cpu()
     x, post, comb = hc_pre(h, _on_cpu(case.connection))
     assert relative_error(rows.values.cpu(), rms_norm(x, weight, EPS)) <= 1e-3
-    assert relative_error(mix.post.cpu(), post) <= 1e-5
-    assert relative_error(mix.comb.cpu(), comb) <= 1e-5
+    # float32 sums of 4 d products, in matrix units for some, and quick exponentials
+    assert relative_error(mix.post.cpu(), post) <= 5e-5
+    assert relative_error(mix.comb.cpu(), comb) <= 5e-5
     wanted = quantize_rows(rows.values.cpu(), "ue8m0")
     assert torch.equal(rows.codes.cpu().view(torch.uint8), wanted.codes.view(torch.uint8))
     assert torch.equal(rows.scales.cpu(), wanted.scales)
@@ -243,3 +244,37 @@ def test_streams_kernels_equal_their_references(
     monkeypatch.setattr(mix_streams, "MANY_TOKENS", 20)
     case = StreamCase(num_tokens, d, kernel_device)
     _check_reading(case, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kind", ["first", "summed", "rows"])
+@pytest.mark.parametrize(
+    ("num_tokens", "d"), [(1, 4096), (8, 4096), (64, 4096), (1, 7168), (300, 7168), (2048, 4096)]
+)
+def test_streams_kernels_equal_their_references_at_real_shapes(
+    num_tokens: int, d: int, kind: str
+) -> None:
+    _check_reading(StreamCase(num_tokens, d, torch.device("cuda", 0)), kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 64])
+def test_captured_reads_replay_the_eager_ones_bit_for_bit(num_tokens: int) -> None:
+    case = StreamCase(num_tokens, 4096, torch.device("cuda", 0))
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        streams = case.streams("rows")
+        x, mix = hc_read(streams, case.connection, case.weight, EPS, quantizes=False)
+        assert isinstance(x, Tensor)
+        return x, mix.comb, streams.values
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    # other streams in the same buffer
+    case.values.copy_(case.values.flip(2))
+    eager = run()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
