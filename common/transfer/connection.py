@@ -11,6 +11,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import zmq
 from google.protobuf.message import Message
@@ -245,13 +246,24 @@ class Connection:
             return
         nonce = b""
         try:
-            arena = Arena.open(directory, welcome.arena_name, welcome.slot_bytes, welcome.num_slots)
-            self._lease = Lease(directory, welcome.lease_name)
-            self.arena, nonce = arena, arena.nonce
+            nonce = self._open_arena(directory, welcome)
         except (OSError, TransferError) as error:
             logger.info("%s: no shared memory with this worker: %s", self._name, error)
         self._pin_arena()
         self.send(Kind.ARENA_PROOF, 0, transfer_pb2.ArenaProof(nonce=nonce))
+
+    def _open_arena(self, directory: Path, welcome: transfer_pb2.Welcome) -> bytes:
+        """Take the arena and our lease of it; the arena's nonce. Raises OSError or TransferError
+        where either is not to be had.
+        """
+        arena = Arena.open(directory, welcome.arena_name, welcome.slot_bytes, welcome.num_slots)
+        try:
+            self._lease = Lease(directory, welcome.lease_name)
+        except (OSError, TransferError):
+            arena.close()
+            raise
+        self.arena = arena
+        return arena.nonce
 
     def _pin_arena(self) -> None:
         if self.arena is None or not self._pins_arena:

@@ -1,5 +1,6 @@
 """Who may speak to a receiver, and what a peer may name."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import zmq
 
 from scission.common.errors import ConfigError, TransferError
+from scission.common.transfer import connection
 from scission.common.transfer.arena import Arena, Lease, is_locked, shared_file
 from scission.common.transfer.events import Closed, Committed, Failed
 from scission.common.transfer.options import CurveKeys, TransferOptions
@@ -94,6 +96,32 @@ def test_receiver_without_room_for_an_arena_takes_messages(tmp_path: Path) -> No
         pair.ship(21, SOURCE, TARGET)
         pair.expect_sender(Closed)
         pair.assert_arrived(21, SOURCE, TARGET)
+
+
+def test_sender_without_a_lease_ships_in_messages_and_lets_the_arena_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(directory: Path, name: str) -> Lease:
+        raise OSError("the folder is not ours to write")
+
+    monkeypatch.setattr(connection, "Lease", refuse)
+    with make_pair("shared", tmp_path, options=OPTIONS) as pair:
+        pair.ship(21, SOURCE, TARGET)
+        committed = pair.expect_sender(Committed)
+        assert isinstance(committed, Committed)
+        assert committed.tier == "tcp"
+        # the receiver alone has it open
+        assert _num_open(tmp_path, ".arena") == 1
+
+
+def _num_open(directory: Path, suffix: str) -> int:
+    """Descriptors of this process that are files of the directory."""
+    count = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            path = link.readlink()
+            count += path.parent == directory and path.suffix == suffix
+    return count
 
 
 def test_lease_is_held_until_it_is_closed(tmp_path: Path) -> None:
