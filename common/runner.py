@@ -17,6 +17,7 @@ from scission.common.model.architecture import Model, OnLayers
 from scission.common.model.batch import ForwardBatch, SequenceChunk, build_batch
 
 CPU_STATE_BYTES = 1 << 30
+MOST_OF_FREE = 0.95  # of a GPU's memory: passes need some, too
 NUM_SCRATCH = SCRATCH + 1
 
 
@@ -30,13 +31,18 @@ class CacheSize:
 
 
 def state_bytes(options: CacheOptions, device: torch.device) -> int:
-    """Bytes that all blocks and slots may take, with the weights loaded already."""
+    """Bytes that all blocks and slots may take, with the weights loaded already.
+
+    A GPU may be shared with other processes: this one's share is `memory_utilization`, less what it
+    has taken itself, and never more than is there.
+    """
     if options.memory_bytes is not None:
         return options.memory_bytes
     if device.type != "cuda":
         return CPU_STATE_BYTES
     free, total = torch.cuda.mem_get_info(device)
-    return int(total * options.memory_utilization) - (total - free)
+    share = int(total * options.memory_utilization) - torch.cuda.memory_reserved(device)
+    return min(share, int(free * MOST_OF_FREE))
 
 
 def plan_cache(

@@ -7,7 +7,7 @@ from scission.common.cache.storage import CacheStorage
 from scission.common.config import CacheOptions
 from scission.common.errors import ConfigError
 from scission.common.model.batch import ForwardBatch, SequenceChunk, Snapshot
-from scission.common.runner import NUM_SCRATCH, CacheSize, Runner, plan_cache
+from scission.common.runner import NUM_SCRATCH, CacheSize, Runner, plan_cache, state_bytes
 
 CPU = torch.device("cpu")
 PAGED = Component("kv", Kind.PAGED, (0, 1), (4,), "float32")
@@ -92,3 +92,17 @@ def test_warming_up_fits_the_storage_and_leaves_a_clean_slot(
     Runner(model, storage).warm_up(num_tokens)
     assert model.batches[0].num_tokens == computed
     assert (storage.slots["window"][:, 1] == -1.0).all()
+
+
+def test_a_gpu_is_shared_by_what_each_process_has_taken_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    total = 100 << 30
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8 << 30)
+    options = CacheOptions(memory_utilization=0.45)
+    # a neighbour holds 45 of 100 GiB already: our share is none the smaller
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (47 << 30, total))
+    assert state_bytes(options, torch.device("cuda")) == (45 << 30) - (8 << 30)
+    # what others hold beyond their share is not there to be taken
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 << 30, total))
+    assert 9 << 30 < state_bytes(options, torch.device("cuda")) < 10 << 30
