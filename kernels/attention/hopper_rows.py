@@ -32,6 +32,9 @@ GATHER_WARPS = 4
 GATHER_REGISTERS = 88
 # tokens x blocks of heads that sparse_rows takes in less time: 8.8 us for one, here 11
 MAX_FEW = 2
+# more of them are not split, though programs stay idle: adding the parts costs more. On an H200 8
+# tokens of CSA take 15 us split in 10; 64 take 32 us whole, and split in two 45 us
+MAX_SPLIT_BLOCKS = 16
 # of tokens that may see any number of entries, and in short contexts see few
 MAX_UNBOUNDED_SPLITS = 4
 
@@ -350,6 +353,8 @@ def is_faster(num_tokens: int, num_heads: int, dim: int) -> bool:
 
 def pick_splits(num_blocks: int, multiprocessors: int, max_keys: int | None) -> int:
     """Over how many items a token's keys are divided; max_keys None: any number of them."""
+    if num_blocks > MAX_SPLIT_BLOCKS:
+        return 1
     wanted = multiprocessors // num_blocks
     if max_keys is None:
         return max(1, min(wanted, MAX_UNBOUNDED_SPLITS))
