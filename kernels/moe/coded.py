@@ -63,12 +63,12 @@ class CodedExperts:
         return choose_experts.can_choose(num_tokens, self._routing.top_k)
 
     def run_few(
-        self, x: QuantizedRows, token_ids: Tensor, positions: Tensor | None
+        self, x: QuantizedRows, token_ids: Tensor | None, positions: Tensor | None
     ) -> ExpertOutputs:
         """
         Args:
             x: [num_tokens, dim] with its values, as many as `takes_few`.
-            token_ids: [num_tokens] int64, which a table of experts goes by.
+            token_ids: [num_tokens] int64, which a table of experts goes by; None: there is none.
             positions: [num_tokens] int64; padding, at -1, takes no expert. None: there is none.
         """
         assert x.values is not None
@@ -97,7 +97,7 @@ class CodedExperts:
             target,
         )
 
-    def run_many(self, x: QuantizedRows, token_ids: Tensor) -> ExpertOutputs:
+    def run_many(self, x: QuantizedRows, token_ids: Tensor | None) -> ExpertOutputs:
         """The routed experts' outputs, of any number of tokens.
 
         Args:
@@ -123,13 +123,14 @@ class CodedExperts:
         groups = group_rows(local, weights, num_local, tile.block_m)
         return grouped_experts.run_many(x, groups, w13, w2, self._activation, tile, target)
 
-    def _choose(self, x: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, x: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         r = self._routing
         if r.gate.dtype == torch.bfloat16 and x.device.type != "cpu":
             logits = torch.mm(x, r.gate.mT, out_dtype=torch.float32)
         else:
             logits = torch.mm(x.float(), r.gate.float().mT)
         if r.table is not None:
+            assert token_ids is not None, "a table goes by token ids"
             experts = r.table.index_select(0, token_ids)
             return experts, reference.gate(logits, experts, r.scaling)
         if r.score == "sigmoid":
