@@ -67,12 +67,8 @@ class SequenceSampling:
 
     @property
     def needs_host(self) -> bool:
-        """The next draw cannot be a captured graph's: it takes what only the host has, or raw
-        logits that penalties would change.
-        """
-        penalises_raw = self.has_penalties and self.params.logprobs is not None
-        has_own_tokens = bool(self.bias or self.params.allowed_token_ids)
-        return has_own_tokens or penalises_raw or self.is_held_back
+        """The next draw looks at what only the host has: it cannot be a captured graph's."""
+        return bool(self.bias or self.params.allowed_token_ids) or self.is_held_back
 
     @property
     def has_device_penalties(self) -> bool:

@@ -1,9 +1,9 @@
 """Steps as captured graphs: model, draw and feedback on the device, the host one step behind.
 
-Some batch sizes have graphs (`bucket_sizes`), one for greedy batches and one for all others; a
-batch is padded to the next size. All graphs read and write the same rows, so that a step follows
-another of any size without a copy. What the host changes between two steps (who came, who left, new
-blocks) is one copy and one launch.
+Some batch sizes have graphs (`bucket_sizes`), one for plain batches, which only take the most
+likely tokens, and one for all others; a batch is padded to the next size. All graphs read and write
+the same rows, so that a step follows another of any size without a copy. What the host changes
+between two steps (who came, who left, new blocks) is one copy and one launch.
 """
 
 import logging
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scission.common.model.batch import send
 from scission.common.runner import Runner
-from scission.common.sampling import describe, most_alternatives, sample
+from scission.common.sampling import SequenceSampling, describe, most_alternatives, sample
 from scission.common.stepping.chunked import chunk_of
 from scission.common.stepping.rows import RowChange, RunningRows
 from scission.common.stepping.seats import Seats
@@ -29,12 +29,6 @@ logger = logging.getLogger(__name__)
 WARM_UPS = 2
 # left free on the device: what eager passes beside the graphs need
 SPARE_BYTES = 512 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Graph:
-    replay: Callable[[], None]
-    logits: Tensor  # [rows, vocab] float32, until the next replay of any graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +56,7 @@ class ReplayedStep(Generic[S]):
     by_host: dict[S, int]  # row
     token_ids: Tensor  # [rows] int64, on the host once `done` is passed
     logprobs: _Logprobs[S] | None
-    logits: Tensor | None
+    logits: Tensor  # [rows, vocab] float32, until another step is submitted
     done: torch.cuda.Event | None
 
     @property
@@ -76,7 +70,6 @@ class ReplayedStep(Generic[S]):
         logprobs = {} if self.logprobs is None else self.logprobs.by_sequence()
         drawn = {s: (token_ids[row], logprobs.get(s)) for s, row in self.by_device.items()}
         if self.by_host:
-            assert self.logits is not None
             logits = self.logits[list(self.by_host.values())]
             tokens = sample(logits, [sequence.sampling for sequence in self.by_host])
             drawn |= dict(zip(self.by_host, tokens, strict=True))
@@ -103,7 +96,9 @@ class CapturedSteps(Generic[S]):
         self._device = runner.storage.device
         block_size = runner.storage.layout.block_size
         self._rows = RunningRows(sizes, max_context, block_size, vocab_size, self._device)
-        self._graphs: dict[tuple[int, bool], _Graph] = {}  # by size and whether all are greedy
+        self._replays: dict[tuple[int, bool], Callable[[], None]] = {}  # by size, and if plain
+        # of the last step that was not plain, as the model gave them
+        self._logits = torch.empty(sizes[-1], vocab_size, device=self._device)
         self._seats: Seats[S] = Seats(sizes)
         self._num_blocks: dict[S, int] = {}  # that the device knows
         self._fed_by_host: set[S] = set()  # the device holds another next token
@@ -139,8 +134,8 @@ class CapturedSteps(Generic[S]):
                 )
                 self._seats = Seats(self._seats.sizes[-number:])
                 break
-            for is_greedy in (False, True):
-                self._graphs[size, is_greedy] = self._capture(size, is_greedy, pool, stream)
+            for is_plain in (False, True):
+                self._replays[size, is_plain] = self._capture(size, is_plain, pool, stream)
             if on_graph is not None:
                 on_graph(number + 1, len(sizes))
 
@@ -160,8 +155,8 @@ class CapturedSteps(Generic[S]):
         rows = {p.sequence: self._seats.rows[p.sequence] for p in drawing}
         by_host = {s: row for s, row in rows.items() if s.sampling.needs_host}
         by_device = {s: row for s, row in rows.items() if s not in by_host}
-        is_greedy = all(s.sampling.is_greedy and not s.sampling.has_device_penalties for s in rows)
-        logits = self._replay(is_greedy) if drawing else None
+        if drawing:
+            self._replay(is_plain=all(_is_plain(s.sampling) for s in rows))
         step = ReplayedStep(
             [p.sequence for p in planned],
             num_tokens,
@@ -169,8 +164,8 @@ class CapturedSteps(Generic[S]):
             by_device,
             by_host,
             self._fetch_tokens(),
-            self._start_logprobs(by_device, logits),
-            logits if by_host else None,
+            self._start_logprobs(by_device),
+            self._logits,
             self._runner.mark(),
         )
         for p in waiting:
@@ -212,47 +207,51 @@ class CapturedSteps(Generic[S]):
         if changes:
             self._rows.write(changes)
 
-    def _replay(self, is_greedy: bool) -> Tensor:
+    def _replay(self, *, is_plain: bool) -> None:
         size = self._seats.size
-        graph = self._graphs.get((size, is_greedy))
-        if graph is None:
-            return self._compute(size, is_greedy)
-        graph.replay()
-        return graph.logits
+        replay = self._replays.get((size, is_plain))
+        if replay is None:
+            self._compute(size, is_plain)
+        else:
+            replay()
 
     @torch.inference_mode()
-    def _compute(self, size: int, is_greedy: bool) -> Tensor:
+    def _compute(self, size: int, is_plain: bool) -> None:
         logits = self._runner.compute(self._rows.batches[size])
-        kernels.draw_next_(logits, self._rows.next_tokens[size], is_greedy=is_greedy)
-        return logits
+        if not is_plain:
+            self._logits[:size].copy_(logits)
+        kernels.draw_next_(logits, self._rows.next_tokens[size], is_greedy=is_plain)
 
-    def _capture(self, size: int, is_greedy: bool, pool: Any, stream: torch.cuda.Stream) -> _Graph:
+    def _capture(
+        self, size: int, is_plain: bool, pool: Any, stream: torch.cuda.Stream
+    ) -> Callable[[], None]:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                self._compute(size, is_greedy)
+                self._compute(size, is_plain)
         graph = torch.cuda.CUDAGraph()
         # other threads may use the device meanwhile
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            logits = self._compute(size, is_greedy)
+            self._compute(size, is_plain)
         # the first replay also brings the graph to the device
         graph.replay()
-        return _Graph(graph.replay, logits)
+        replay: Callable[[], None] = graph.replay
+        return replay
 
     def _fetch_tokens(self) -> Tensor:
         tokens = self._token_ids[self._num_steps % len(self._token_ids)]
         return tokens.copy_(self._rows.token_ids, non_blocking=True)
 
     @torch.inference_mode()
-    def _start_logprobs(self, rows: dict[S, int], logits: Tensor | None) -> _Logprobs[S] | None:
+    def _start_logprobs(self, rows: dict[S, int]) -> _Logprobs[S] | None:
         wanted = [s for s in rows if s.sampling.params.logprobs is not None]
-        if not wanted or logits is None:
+        if not wanted:
             return None
         (at,) = send([np.array([rows[s] for s in wanted])], self._device)
         columns = kernels.token_logprobs(
-            logits.index_select(0, at),
+            self._logits.index_select(0, at),
             self._rows.token_ids.index_select(0, at),
-            most_alternatives([s.sampling for s in wanted], logits.shape[1]),
+            most_alternatives([s.sampling for s in wanted], self._logits.shape[1]),
         )
         return _Logprobs(wanted, [self._to_host(column) for column in columns])
 
@@ -261,3 +260,9 @@ class CapturedSteps(Generic[S]):
             return column
         host = torch.empty(column.shape, dtype=column.dtype, pin_memory=True)
         return host.copy_(column, non_blocking=True)
+
+
+def _is_plain(sampling: SequenceSampling) -> bool:
+    """Nothing is asked of a step but the most likely token of the logits as they are."""
+    wants_logits = sampling.needs_host or sampling.params.logprobs is not None
+    return sampling.is_greedy and not sampling.has_penalties and not wants_logits

@@ -134,12 +134,14 @@ def test_replayed_steps_of_a_model_are_its_eager_ones_bit_for_bit(
 
 
 def _watched(steps: Any, logits: list[Tensor]) -> Any:
-    """`replay`, which also keeps the logits of the rows that are no padding."""
+    """`replay`, which also keeps the logits of the rows that are no padding; plain steps have
+    none.
+    """
     replay = steps._replay
 
-    def watched(is_greedy: bool) -> Tensor:
-        result: Tensor = replay(is_greedy)
-        logits.append(result[: len(steps._seats.rows)].clone())
-        return result
+    def watched(is_plain: bool) -> None:
+        replay(is_plain=is_plain)
+        if not is_plain:
+            logits.append(steps._logits[: len(steps._seats.rows)].clone())
 
     return watched

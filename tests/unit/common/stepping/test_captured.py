@@ -103,6 +103,8 @@ class Script:
 def play(script: Script) -> list[list[Token]]:
     """Greedy and random sequences, chunks, logprobs, and draws that need the host."""
     greedy = script.join(0, [5])
+    for _ in range(2):
+        script.step()
     script.join(1, [6], temperature=1.0, seed=3)
     script.step()
     script.join(2, [8, 9, 10, 11, 12, 13, 14], temperature=0.7, top_k=9, top_p=0.9, seed=-4)
@@ -117,6 +119,7 @@ def play(script: Script) -> list[list[Token]]:
     script.step()
     script.leave(penalised)
     script.join(4, [3], temperature=0.8, frequency_penalty=0.4, presence_penalty=0.2, logprobs=1)
+    script.join(0, [3], logit_bias={4: 9.0})
     crowd = [script.join(5 + i, [20 + i], temperature=0.5 * i, min_p=0.02) for i in range(3)]
     for _ in range(12):
         script.step()
@@ -158,7 +161,7 @@ def test_a_step_that_breaks_off_leaves_no_row_behind(
     script.step()
     assert isinstance(script.steps, CapturedSteps)
     with monkeypatch.context() as patched:
-        patched.setattr(script.steps, "_replay", lambda is_greedy: 1 / 0)
+        patched.setattr(script.steps, "_replay", lambda is_plain: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             script.step()
     script.under_way.clear()
@@ -208,13 +211,14 @@ def logits_of_play(monkeypatch: pytest.MonkeyPatch, has_graphs: bool) -> list[to
             patched.setattr(CapturedSteps, "capture", lambda self: None)
         script = Script(torch.device("cuda"), is_captured=True)
         steps: Any = script.steps
-        assert bool(steps._graphs) == has_graphs
+        assert bool(steps._replays) == has_graphs
         replay = steps._replay
 
-        def watched(is_greedy: bool) -> torch.Tensor:
-            logits: torch.Tensor = replay(is_greedy)
-            seen.append(logits.clone())
-            return logits
+        def watched(is_plain: bool) -> None:
+            # a plain step keeps no logits: its graph is held to its tokens
+            replay(is_plain=is_plain)
+            if not is_plain:
+                seen.append(steps._logits[: len(steps._seats.rows)].clone())
 
         patched.setattr(steps, "_replay", watched)
         play(script)
