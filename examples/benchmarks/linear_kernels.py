@@ -137,7 +137,7 @@ def microseconds(call: Call, copies: int) -> float:
     with torch.cuda.graph(graph):
         for copy in range(copies):
             call(copy)
-    # clocks fall while a kernel is compiled: what follows at once is up to 40 % slower
+    # right after a compilation, in which clocks seem to fall, kernels took up to 40 % longer
     end_s = time.monotonic() + WARM_UP_S
     while time.monotonic() < end_s:
         graph.replay()
