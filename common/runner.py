@@ -19,6 +19,7 @@ from scission.common.model.batch import ForwardBatch, SequenceChunk, build_batch
 CPU_STATE_BYTES = 1 << 30
 MOST_OF_FREE = 0.95  # of a GPU's memory: passes need some, too
 NUM_SCRATCH = SCRATCH + 1
+FEW_ROWS = (1, 2, 20, 80, 256)  # between any two of them other kernels, or other tiles, serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,15 @@ def plan_cache(
     return CacheSize(num_blocks, NUM_SCRATCH + num_requests + num_snapshots, num_snapshots)
 
 
+def warm_up_sizes(max_tokens: int, device: torch.device) -> tuple[int, ...]:
+    """Tokens of the passes before any request, the last of `max_tokens`.
+
+    A GPU's kernels are compiled by numbers of rows: while one is, the engine gives no sign of life.
+    """
+    few = () if device.type == "cpu" else FEW_ROWS
+    return (*(size for size in few if size < max_tokens), max_tokens)
+
+
 class Runner:
     """One rank's model and the storage it computes on; belongs to the engine thread."""
 
@@ -107,19 +117,22 @@ class Runner:
         """One pass over a batch that is on the device already; no slot is copied."""
         return self._model.forward(batch, self.storage, on_layers)
 
-    def warm_up(self, num_tokens: int) -> None:
-        """A first pass over `num_tokens` tokens at most, before any request: block and slot 1 on.
+    def warm_up(self, max_tokens: int) -> None:
+        """First passes over up to `max_tokens` tokens, before any request: block and slot 1 on.
 
-        What it leaves in blocks is never read; the slot is made clean again.
+        What they leave in blocks is never read; the slot is made clean again.
         """
         room = (self.storage.num_blocks - NUM_SCRATCH) * self.storage.layout.block_size
-        num_tokens = max(1, min(num_tokens, room))
-        block_ids = range(NUM_SCRATCH, NUM_SCRATCH + self.storage.layout.num_blocks(num_tokens))
-        chunk = SequenceChunk(
-            token_ids=[0] * num_tokens, start=0, block_ids=list(block_ids), slot=NUM_SCRATCH
-        )
-        self.forward([chunk])
-        self.storage.reset_slot(NUM_SCRATCH)
+        for num_tokens in warm_up_sizes(max(1, min(max_tokens, room)), self.storage.device):
+            last_block = NUM_SCRATCH + self.storage.layout.num_blocks(num_tokens)
+            chunk = SequenceChunk(
+                token_ids=[0] * num_tokens,
+                start=0,
+                block_ids=list(range(NUM_SCRATCH, last_block)),
+                slot=NUM_SCRATCH,
+            )
+            self.forward([chunk])
+            self.storage.reset_slot(NUM_SCRATCH)
         self.synchronize()
 
     def mark(self) -> torch.cuda.Event | None:

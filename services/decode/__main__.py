@@ -53,9 +53,8 @@ def build_engine(config: DecodeConfig, context: EngineContext) -> DecodeEngine:
     storage = CacheStorage(loaded.layout, size.num_blocks, size.num_slots, device)
     runner = Runner(loaded.model, storage)
     warming_at = time.monotonic()
-    # a GPU's kernels are compiled by numbers of rows: sequences that catch up find them ready
-    for num_tokens in (1,) if device.type == "cpu" else (1, 2, 20, 80, CATCH_UP_TOKENS):
-        runner.warm_up(num_tokens)
+    # captured steps have one token a sequence; those that catch up have more
+    runner.warm_up(1 if device.type == "cpu" else CATCH_UP_TOKENS)
     meters.engine.start_up("warm_up").set(time.monotonic() - warming_at)
     facts = ModelFacts(
         vocab_size=loaded.vocab_size,

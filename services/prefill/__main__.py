@@ -49,7 +49,7 @@ def build_engine(config: PrefillConfig, context: EngineContext) -> PrefillEngine
     storage = CacheStorage(loaded.layout, size.num_blocks, size.num_slots, device)
     runner = Runner(loaded.model, storage)
     warming_at = time.monotonic()
-    # a GPU compiles and tunes for the sizes it will see; a CPU has nothing to learn from them
+    # a CPU has nothing to learn from the sizes that it will see
     budget = config.scheduler.batched_tokens_on(device.type)
     num_tokens = budget if device.type == "cuda" else loaded.layout.block_size
     runner.warm_up(min(num_tokens, loaded.max_model_len))

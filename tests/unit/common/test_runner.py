@@ -7,7 +7,14 @@ from scission.common.cache.storage import CacheStorage
 from scission.common.config import CacheOptions
 from scission.common.errors import ConfigError
 from scission.common.model.batch import ForwardBatch, SequenceChunk, Snapshot
-from scission.common.runner import NUM_SCRATCH, CacheSize, Runner, plan_cache, state_bytes
+from scission.common.runner import (
+    NUM_SCRATCH,
+    CacheSize,
+    Runner,
+    plan_cache,
+    state_bytes,
+    warm_up_sizes,
+)
 
 CPU = torch.device("cpu")
 PAGED = Component("kv", Kind.PAGED, (0, 1), (4,), "float32")
@@ -59,6 +66,7 @@ class Recorder:
 
     layout = LAYOUT
     layer_groups = ((0, 2),)
+    captures = False
 
     def __init__(self) -> None:
         self.batches: list[ForwardBatch] = []
@@ -92,6 +100,16 @@ def test_warming_up_fits_the_storage_and_leaves_a_clean_slot(
     Runner(model, storage).warm_up(num_tokens)
     assert model.batches[0].num_tokens == computed
     assert (storage.slots["window"][:, 1] == -1.0).all()
+
+
+def test_a_gpu_compiles_for_few_rows_and_many_before_any_request() -> None:
+    sizes = warm_up_sizes(8192, torch.device("cuda"))
+    assert sizes == tuple(sorted(set(sizes)))
+    # one token, a few, a tile, several tiles, all
+    assert sizes[:2] == (1, 2)
+    assert sizes[-1] == 8192
+    assert warm_up_sizes(20, torch.device("cuda")) == (1, 2, 20)
+    assert warm_up_sizes(8192, CPU) == (8192,)
 
 
 def test_a_gpu_is_shared_by_what_each_process_has_taken_itself(
