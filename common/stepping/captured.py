@@ -180,7 +180,7 @@ class CapturedSteps(Generic[S]):
         seating = self._seats.arrange([p.sequence for p in drawing])
         # the token of a row that is left may be read in the same launch: it stays
         changes = [RowChange(row, -1 - row) for row in seating.emptied]
-        if changes:
+        if changes or seating.joined:
             rows = self._seats.rows
             self._num_blocks = {s: n for s, n in self._num_blocks.items() if s in rows}
         for p in drawing:

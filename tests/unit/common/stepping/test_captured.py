@@ -1,5 +1,6 @@
 """Captured steps draw what chunked ones draw, whoever comes and leaves; on a GPU as graphs."""
 
+import gc
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -175,6 +176,21 @@ def test_a_step_that_breaks_off_leaves_no_row_behind(
         ours = slice(1 + place * BLOCKS_EACH, 1 + (place + 1) * BLOCKS_EACH)
         assert torch.equal(script.storage.paged["tokens"][0, ours], before[0, ours])
     assert lost not in script.running
+
+
+def test_who_has_left_is_forgotten_though_another_takes_the_row(device: torch.device) -> None:
+    script = Script(device, is_captured=True)
+    sequence = script.join(0, [5], seed=4321)
+    for place in range(1, MAX_ROWS):
+        script.step()
+        script.leave(sequence)
+        sequence = script.join(place, [5], seed=4321)
+    script.step()
+    script.settle()
+    script.tokens.clear()
+    gc.collect()
+    known = [s for s in gc.get_objects() if isinstance(s, DecodeSequence)]
+    assert [s for s in known if s.sampling.params.seed == 4321] == [sequence]
 
 
 @pytest.fixture
