@@ -67,12 +67,16 @@ def _scan_row(
     num_above = length * 0
     for _ in range(11):
         thresholds = (low + steps * width).to(tl.int32)
-        counts = tl.zeros([8], tl.int32)
+        reached = tl.zeros([BLOCK, 8], tl.int32)
+        # the next block is on its way while this one is compared
+        following = tl.load(scores_ptr + offs, mask=offs < length, other=0.0)
         for start in range(0, length, BLOCK):
             mask = start + offs < length
-            order = order_of(tl.load(scores_ptr + start + offs, mask=mask, other=0.0))
-            reaches = (order[:, None] >= thresholds[None, :]) & mask[:, None]
-            counts += tl.sum(reaches.to(tl.int32), axis=0)
+            order = order_of(following)
+            after = start + BLOCK + offs
+            following = tl.load(scores_ptr + after, mask=after < length, other=0.0)
+            reached += ((order[:, None] >= thresholds[None, :]) & mask[:, None]).to(tl.int32)
+        counts = tl.sum(reached, axis=0)
         is_reached = counts >= k
         num_above = tl.maximum(num_above, tl.max(tl.where(is_reached, 0, counts), axis=0))
         low += tl.maximum(tl.sum(is_reached.to(tl.int64), axis=0) - 1, 0) * width
