@@ -185,8 +185,6 @@ class FlatMoE:
         self._is_alone = ranks.ep.size == ranks.tp.size == 1
         self._has_shared = False
         self._coded = self._build_coded()
-        # no expert goes by it
-        self._no_ids = torch.zeros(1, dtype=torch.int64, device=router.gate.device)
 
     @property
     def captures(self) -> bool:
@@ -211,9 +209,9 @@ class FlatMoE:
         rows = quantize_rows(x, "dynamic") if isinstance(x, Tensor) else x
         is_few = coded.takes_few(rows.num_tokens)
         if is_few:
-            outputs = coded.run_few(rows, self._no_ids, None)
+            outputs = coded.run_few(rows, None, None)
         else:
-            outputs = coded.run_many(rows, self._no_ids)
+            outputs = coded.run_many(rows, None)
         if is_few and self._has_shared:
             return outputs.sum(torch.bfloat16)
         shared = self._shared.partial(rows)

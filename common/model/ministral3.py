@@ -1,9 +1,8 @@
 """Ministral 3: the text part of a multimodal checkpoint, with YaRN and queries that grow with their
 position.
 
-Config, checkpoint and model; the forward pass reads top to bottom like the specification. Static
-FP8 activation scales are read and checked, but not applied: activations stay as they are, which is
-closer to the unquantised model.
+Config, checkpoint and model; the forward pass reads top to bottom like the specification. With
+deployed numerics activations are rounded with the checkpoint's static scales.
 """
 
 import re
