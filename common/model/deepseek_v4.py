@@ -43,6 +43,7 @@ from scission.common.model.deepseek_v4_step import (
 )
 from scission.common.model.step_plan import PlanGeometry, plan_step
 from scission.common.parallel.ranks import Ranks
+from scission.kernels.attention import can_attend_sparse
 from scission.kernels.hyper_connections import (
     HyperConnection,
     Streams,
@@ -51,6 +52,7 @@ from scission.kernels.hyper_connections import (
     hc_values,
     hc_write,
 )
+from scission.kernels.indexer import can_pick
 from scission.kernels.linear import Rows
 from scission.kernels.target import target_of
 
@@ -83,7 +85,12 @@ class DeepseekV4:
         self.config = config
         self._numerics = numerics
         if is_placed is None:
-            is_placed = target_of(w.device) is not None and numerics.dtype == torch.bfloat16
+            is_placed = (
+                target_of(w.device) is not None
+                and numerics.dtype == torch.bfloat16
+                and can_attend_sparse(config.head_dim)
+                and can_pick(config.index_n_heads, config.index_head_dim)
+            )
         self._is_placed = is_placed
         self.captures = is_placed and target_of(w.device) is not None
         self.layout = cache_layout(config, numerics, block_size)

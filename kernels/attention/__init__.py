@@ -10,7 +10,7 @@ from scission.kernels.attention import reference
 from scission.kernels.places import Places
 from scission.kernels.target import target_of
 
-__all__ = ["attend", "attend_sparse"]
+__all__ = ["attend", "attend_sparse", "can_attend_sparse"]
 
 _DIMS = (64, 128, 256, 512)
 _KERNEL_DTYPE = torch.bfloat16
@@ -54,6 +54,11 @@ def attend(
             f"q {list(q.shape)} does not fit sink {list(sink.shape)}, window {list(window.shape)}"
         )
     return reference.attend(q, window, window_rows, entries, entry_rows, bias, sink, scale)
+
+
+def can_attend_sparse(dim: int) -> bool:
+    """Whether there are kernels of `attend_sparse` for bfloat16 rows of this width."""
+    return dim in _DIMS
 
 
 def attend_sparse(
@@ -112,7 +117,7 @@ def attend_sparse(
     target = target_of(q.device)
     pools = [kv, ring] if entries is None else [kv, ring, entries]
     can_run = q.stride(2) == 1 and all(p.is_contiguous() and p.dtype == q.dtype for p in pools)
-    if target is not None and can_run and q.dtype == _KERNEL_DTYPE and dim in _DIMS:
+    if target is not None and can_run and q.dtype == _KERNEL_DTYPE and can_attend_sparse(dim):
         # only where a kernel is launched is Triton needed, and Gluon on Hopper alone
         from scission.kernels.attention import sparse_rows
 

@@ -1,13 +1,19 @@
 """The lightning indexer: scores every entry for every query and picks the best."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scission.kernels.indexer import reference
 from scission.kernels.places import Places
 from scission.kernels.target import target_of
 
-__all__ = ["hadamard", "pick_entries", "pick_rows", "score_entries", "top_k"]
+__all__ = ["can_pick", "hadamard", "pick_entries", "pick_rows", "score_entries", "top_k"]
+
+_KERNEL_DTYPE = torch.bfloat16
+# heads of one product are a tile of a matrix unit
+_NUM_HEADS = (16, 32, 64, 128)
+_DIMS = (64, 128, 256)
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -96,14 +102,27 @@ def pick_entries(
             f"the block size {places.block_size}"
         )
     target = target_of(q.device)
-    if target is None or not q.shape[0]:
+    num_heads, dim = q.shape[1:]
+    if target is None or not q.shape[0] or q.dtype != _KERNEL_DTYPE or not can_pick(num_heads, dim):
         return reference.pick_entries(q, weights, keys, top_k, ratio, places)
     # only where a kernel is launched is Triton needed
-    from scission.kernels.indexer.pick import can_pick, pick_scored
+    from scission.kernels.indexer.pick import pick_scored
 
-    if not can_pick(q):
-        return reference.pick_entries(q, weights, keys, top_k, ratio, places)
+    q, weights = with_more_heads(q, weights, min(n for n in _NUM_HEADS if n >= num_heads))
     return pick_scored(q.contiguous(), weights, keys, top_k, ratio, places, target)
+
+
+def can_pick(num_heads: int, dim: int) -> bool:
+    """Whether there are kernels for bfloat16 queries of such heads."""
+    return num_heads <= _NUM_HEADS[-1] and dim in _DIMS
+
+
+def with_more_heads(q: Tensor, weights: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Heads of zeros behind those of `pick_entries`, up to `num_heads`: they change no score."""
+    missing = num_heads - q.shape[1]
+    if not missing:
+        return q, weights
+    return F.pad(q, (0, 0, 0, missing)), F.pad(weights, (0, missing))
 
 
 def top_k(scores: Tensor, lengths: Tensor, k: int) -> Tensor:

@@ -11,15 +11,8 @@ from scission.kernels.target import Target
 
 # scores and candidates of one tile of queries
 _SCRATCH_BYTES = 256 << 20
-_NUM_HEADS = (16, 32, 64, 128)
-_DIMS = (64, 128, 256)
 # rows of scores are read 16 bytes at a time
 _ALIGN = 16
-
-
-def can_pick(q: Tensor) -> bool:
-    """Whether there are kernels for queries [num_tokens, num_heads, dim] of this type."""
-    return q.dtype == torch.bfloat16 and q.shape[1] in _NUM_HEADS and q.shape[2] in _DIMS
 
 
 def pick_scored(

@@ -15,6 +15,7 @@ from scission.kernels.indexer import (
     select,
     selection,
     top_k,
+    with_more_heads,
 )
 from scission.kernels.places import Places
 from scission.kernels.target import TARGETS, Target, target_of
@@ -105,6 +106,18 @@ def test_the_definition_equals_the_ops_that_the_host_plans(
         count = min(int(visible[token]), k)
         assert set(picks[token, :count].tolist()) == set(expected[token, :count].tolist())
         assert picks[token, count:].eq(-1).all()
+
+
+def test_heads_that_fill_a_tile_up_change_no_choice() -> None:
+    places = places_of(CHUNKS["chunks"])
+    keys = pool_of(places, 16, torch.float32)
+    q, weights = torch.randn(places.num_tokens, 4, 16), torch.randn(places.num_tokens, 4)
+    padded_q, padded_weights = with_more_heads(q, weights, 16)
+    assert padded_q.shape[1] == padded_weights.shape[1] == 16
+    assert torch.equal(
+        pick_entries(padded_q, padded_weights, keys, 16, RATIO, places),
+        pick_entries(q, weights, keys, 16, RATIO, places),
+    )
 
 
 def test_the_best_columns_come_ascending_and_of_equals_the_lowest() -> None:

@@ -14,6 +14,7 @@ from scission.common.checkpoint.write_random import write_random_checkpoint
 from scission.common.config import ModelOptions
 from scission.common.model.batch import SequenceChunk
 from scission.common.model.load import LoadedModel, load_model
+from scission.common.model_source import BUNDLED
 from scission.common.runner import Runner
 from scission.common.sampling import SequenceSampling, sample
 from scission.common.stepping.captured import CapturedSteps
@@ -101,6 +102,7 @@ def test_rows_of_the_device_draw_what_chunks_draw(name: str, tmp_path: Path) -> 
 
 # the first layers of published models, in their own widths; DeepSeek-V4's hold every kind of layer
 PUBLISHED = {
+    "scission-nano": (json.loads((BUNDLED / "config.json").read_text()), 7),
     "qwen3": (QWEN3_8B, 2),
     "ministral3": (MINISTRAL3_8B, 2),
     "deepseek-v4": (published_config("flash"), 6),
