@@ -12,11 +12,10 @@ def launches(target: Target) -> Iterator[tuple[Any, Mapping[str, str], Mapping[s
     pointers = {f"{name}_ptr": "*fp32" for name in ("post", "comb")}
     for num_coefficients in (24, 4):
         columns = mix_streams.columns_of(num_coefficients)
-        # nothing, a tensor, and the rows of experts: few tokens', of many
+        # a tensor, rows of experts that are whole (as of the models' shapes they are), nothing
         for y_type, parts, choices in (
             ("*bf16", 1, 0),
             ("*fp32", 1, 8),
-            ("*fp32", 2, 8),
             (None, 1, 0),
         ):
             pending = {
