@@ -36,8 +36,7 @@ class DeviceRows:
             index: [num_rows] int64 on the host, into dim 1.
             out: [layers * num_rows * row bytes] uint8, contiguous.
         """
-        stream = self._own.__dict__.setdefault("stream", None) or _new_stream(self._device)
-        self._own.stream = stream
+        stream = self._own_stream()
         with torch.cuda.stream(stream):
             picked = torch.index_select(_as_words(rows), 1, self._send(index))
             torch.from_numpy(out).copy_(picked.view(-1).view(torch.uint8), non_blocking=True)
@@ -72,6 +71,13 @@ class DeviceRows:
     def step_after_writes(self) -> None:
         """Let what this thread gives the device from here on wait for the writes so far."""
         torch.cuda.current_stream(self._device).wait_stream(self._writing)
+
+    def _own_stream(self) -> torch.cuda.Stream:
+        """The calling thread's."""
+        if not hasattr(self._own, "stream"):
+            self._own.stream = _new_stream(self._device)
+        stream: torch.cuda.Stream = self._own.stream
+        return stream
 
     def _send(self, index: Tensor) -> Tensor:
         return index.pin_memory().to(self._device, non_blocking=True)
